@@ -1,0 +1,277 @@
+"""The parts of a run, built from its configuration and checked against each other before any work."""
+
+import inspect
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import hydra
+import psutil
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+
+from alignbench.configuration import embedded, for_domain, identity
+from alignbench.errors import ConfigError
+from alignbench.evaluation import Evaluator, Protocol, Samples
+from alignbench.ledger import Budget, Ledger
+from alignbench.methods.method import BatchSize, Method
+from alignbench.policies.policy import Policy
+from alignbench.processes import Processes
+from alignbench.prompts import sets
+from alignbench.prompts.prompt import Prompt
+from alignbench.records import config_hash
+from alignbench.rewards.reward import Reward, WeightedSum
+from alignbench.sampling.rollout import Sampler
+from alignbench.stack import Stack
+
+DOMAIN_PROMPTS = {"shapes": "shapes"}  # the prompt set that belongs to a domain
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "hydra-core", "numpy")
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of."""
+
+    processes: Processes
+    policy: Policy
+    stack: Stack
+    method: Method
+    prompts: list[Prompt]
+    evaluator: Evaluator
+    curve: Protocol
+    final: Protocol
+    budget: Budget
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def ledger(self) -> Ledger:
+        """The run's ledger."""
+        return self.stack.ledger
+
+
+def assemble(config: DictConfig) -> Parts:
+    """Build the parts of a run.
+
+    Raises:
+        ConfigError: parts that do not fit each other, impossible batch arithmetic, values out of range.
+        CheckpointError, DataError, BudgetError: weights, prompts or limits that cannot be used.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    identity(config)
+    budget = Budget(config.budget)
+    _check_fractions(config)
+    domain = config.model.domain
+    method = _method(config)
+    processes = Processes(_device(config.device))
+    if method.batch.total < processes.count:
+        raise ConfigError(
+            f"{method.batch.prompts} prompts x {method.batch.images} images = {method.batch.total} images for "
+            f"{processes.count} processes: every process needs at least one image"
+        )
+    prompts = _prompts(config, config.prompts.split)
+    if len(prompts) < method.batch.prompts:
+        raise ConfigError(
+            f"an iteration needs {method.batch.prompts} distinct prompts but the set has {len(prompts)}; "
+            f"method.batch.prompts={len(prompts)} is the most"
+        )
+    device = str(processes.device)
+    rewards = {
+        name: (_instantiate(for_domain(part, domain, f"reward {name}"), device=device), float(part["weight"]))
+        for name, part in _plain(config.reward.parts).items()
+    }
+    reward = WeightedSum(rewards) if len(rewards) > 1 else _single(rewards)
+    if method.needs.differentiable_reward and not reward.differentiable:
+        raise ConfigError(f"{config.method.name} takes gradients through the reward, but {reward.name} has none")
+    policy: Policy = _instantiate(_plain(config.model.policy), device=device, seed=config.seed)
+    for view in (*method.needs.views, "evaluation"):
+        policy.add_view(view)
+    ledger = Ledger(synchronise=torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None)
+    stack = Stack(policy, reward, ledger, processes, micro_batch=config.micro_batch)
+    return Parts(
+        processes=processes,
+        policy=policy,
+        stack=stack,
+        method=method,
+        prompts=prompts,
+        evaluator=_evaluator(config, stack),
+        curve=_protocol(config.evaluation.curve),
+        final=_protocol(config.evaluation.final),
+        budget=budget,
+        optimizer=_optimizer(config, policy),
+    )
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def _instantiate(node: Mapping[str, Any], **more: Any) -> Any:
+    """Call ``_target_`` with the node's values, and with those of ``more`` that it takes.
+
+    Raises:
+        ConfigError: a setting that the target does not have.
+    """
+    target = hydra.utils.get_object(node["_target_"])
+    accepted = inspect.signature(target).parameters
+    values = {key: value for key, value in embedded(node).items() if key != "_target_"}
+    unknown = [key for key in values if key not in accepted]
+    if unknown:
+        raise ConfigError(f"{node['_target_']} has no setting {unknown[0]!r}; it has: {', '.join(accepted)}")
+    return target(**values | {key: value for key, value in more.items() if key in accepted})
+
+
+def _method(config: DictConfig) -> Method:
+    settings = _plain(config.method)
+    return _instantiate(  # type: ignore[no-any-return]
+        settings["algorithm"],
+        sampler=Sampler(**settings["rollout"]),
+        batch=BatchSize(**settings["batch"]),
+        seed=config.seed,
+    )
+
+
+def _single(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
+    """The reward of a single part; its weight must be 1, since a method's own scaling is a knob of the method."""
+    ((name, (reward, weight)),) = rewards.items()
+    return reward if weight == 1 else WeightedSum({name: (reward, weight)})
+
+
+def _prompts(config: DictConfig, split: sets.Split) -> list[Prompt]:
+    source = config.prompts.source
+    if source == "domain":
+        if config.model.domain not in DOMAIN_PROMPTS:
+            raise ConfigError(
+                f"there is no prompt set for {config.model.domain} models: give one with prompts=file prompts.path=FILE"
+            )
+        source = DOMAIN_PROMPTS[config.model.domain]
+    return sets.load(source, split, config.prompts.path)
+
+
+def _protocol(node: DictConfig) -> Protocol:
+    settings = _plain(node)
+    return Protocol(**settings | {"guidance": tuple(settings["guidance"])})
+
+
+def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
+    domain = config.model.domain
+    scorers = {
+        name: _instantiate(node[domain], device=str(stack.policy.device))
+        for name, node in _plain(config.evaluation.scorers).items()
+        if domain in node
+    }
+    prompts = _prompts(config, config.evaluation.final.split)
+    if not all(prompt.metadata.get("include") for prompt in prompts):
+        scorers.pop("geneval", None)  # prompts of one's own have no GenEval records
+    features = config.evaluation.features
+    return Evaluator(stack, prompts, scorers, features if features in scorers else None)
+
+
+def _optimizer(config: DictConfig, policy: Policy) -> torch.optim.Optimizer:
+    settings = config.method.optimizer
+    if settings.lr <= 0:
+        raise ConfigError(f"method.optimizer.lr is {settings.lr:g}; it must be positive")
+    return torch.optim.AdamW(
+        policy.trainable_parameters().values(),
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not known; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; device=cpu runs everything, slowly")
+    return str(name)
+
+
+def _check_fractions(config: DictConfig) -> None:
+    fractions = list(config.evaluation.fractions)
+    if fractions != sorted(set(fractions)) or not fractions or fractions[0] != 0 or fractions[-1] != 1:
+        raise ConfigError(f"evaluation.fractions is {fractions}: they must increase from 0 to 1")
+    if not 0 < config.checkpoint_every <= 1:
+        raise ConfigError(f"checkpoint_every is {config.checkpoint_every}: a fraction of the budget in (0, 1]")
+    if config.micro_batch < 1:
+        raise ConfigError(f"micro_batch is {config.micro_batch}: it must be 1 or more")
+
+
+def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
+    """What the records say about each evaluation protocol, by its name, with its hash."""
+    descriptions = {}
+    for protocol in (parts.curve, parts.final):
+        samples = Samples.choose(parts.evaluator.prompts, protocol.images_per_tag)
+        described = protocol.describe(
+            samples, list(parts.evaluator.scorers), config.model.policy.dtype, parts.policy.latent_shape
+        )
+        descriptions[protocol.name] = described | {"hash": config_hash(described)}
+    return descriptions
+
+
+def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
+    """What run.json says about a run, apart from its reward and variant."""
+    trainable = sum(parameter.numel() for parameter in parts.policy.trainable_parameters().values())
+    described = protocols(config, parts)
+    return {
+        "experiment": config.name,
+        "model": config.model.name,
+        "method": config.method.name,
+        "seed": config.seed,
+        "config_hash": config_hash(identity(config)),
+        "protocol": described[parts.curve.name],
+        "protocol_hash": described[parts.curve.name]["hash"],
+        "final_protocol": described[parts.final.name],
+        "final_protocol_hash": described[parts.final.name]["hash"],
+        "targets": _plain(config.reward.targets),
+        "normalisation": _plain(config.reward.normalisation),
+        "budget": parts.budget.limits,
+        "parameters": {"trainable": trainable},
+        "git": _git(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if parts.processes.device.type == "cuda" else None,
+        },
+        "threads": torch.get_num_threads(),
+        "processes": parts.processes.count,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the code and whether it was changed since; nulls outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", str(Path(__file__).parent), "conf")
+    return {"commit": commit, "dirty": bool(changes) if commit else None}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

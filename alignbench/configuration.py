@@ -1,0 +1,127 @@
+"""From a composed configuration to the objects of a run; everything that can be refused early is refused here."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alignbench.errors import ConfigError
+from alignbench.records import config_hash
+
+# Where a run goes and how it is shown or batched; everything else decides its numbers.
+NOT_IDENTITY = ("results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device")
+CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that decides a run's numbers, as plain data.
+
+    Raises:
+        ConfigError: a mandatory value is missing or an interpolation leads nowhere.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key not in NOT_IDENTITY}
+
+
+def variant(overrides: Sequence[str]) -> str:
+    """A short canonical name of the overrides that change a run's numbers, for its folder; "" if there are none.
+
+    ``method.algorithm.beta=0.1`` becomes ``beta=0.1``; long names end in a hash.
+    """
+    parts = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in CHOICES and key not in NOT_IDENTITY:
+            parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(parts)))
+    return name if len(name) <= 80 else f"{name[:60]}_{config_hash({'overrides': sorted(parts)})}"
+
+
+def reward_name(config: DictConfig) -> str:
+    """The names of the reward's parts that have a positive weight, joined by ``+``."""
+    names = [str(name) for name, part in config.reward.parts.items() if part.weight > 0]
+    return "+".join(names) or "none"
+
+
+def run_folder(config: DictConfig, overrides: Sequence[str]) -> Path:
+    """``<results>/<experiment>/<model>/<reward>/<method>[@<variant>]/seed<k>``."""
+    changed = variant(overrides)
+    method = config.method.name + (f"@{changed}" if changed else "")
+    parts = (config.results, config.name, config.model.name, reward_name(config), method, f"seed{config.seed}")
+    return Path(*map(str, parts))
+
+
+def for_domain(node: Mapping[str, Any], domain: str, what: str) -> Any:
+    """The settings of a part on a model's domain.
+
+    Raises:
+        ConfigError: the part does not exist there; names the domains on which it does.
+    """
+    known = [key for key, value in node.items() if isinstance(value, Mapping) and "_target_" in value]
+    if domain not in known:
+        raise ConfigError(f"{what} does not exist for {domain} models; it does for: {', '.join(known)}")
+    return node[domain]
+
+
+def embedded(node: Any) -> Any:
+    """Replace ``embedded:NAME`` by the folder of a checkpoint that is shipped with the package."""
+    if isinstance(node, Mapping):
+        return {key: embedded(value) for key, value in node.items()}
+    if isinstance(node, str) and node.startswith("embedded:"):
+        return str(Path(__file__).parent / "shapes" / "checkpoints" / node.removeprefix("embedded:"))
+    return node
+
+
+def explain(error: Exception, conf: Path) -> str:
+    """A composition error as one message, with the nearest known key or choice."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
+    text = "\n".join(str(cause) for cause in causes)
+    if choice := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+        group, name = choice.groups()
+        known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        return f"unknown {group} {name!r}.{_nearest(name, known)} Known: {', '.join(known)}"
+    if key := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '([^']+)' is not in struct", text):
+        asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
+        return f"unknown setting {asked!r}.{_nearest(asked, _known_keys(conf))} --cfg job prints all of them"
+    return str(error)
+
+
+def _nearest(asked: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+    if not close:
+        last = asked.rsplit(".", 1)[-1]
+        ends = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5)]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(conf: Path) -> list[str]:
+    """Dotted keys of the default configuration, from its files."""
+    keys: dict[str, None] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys[f"{prefix}{key}"] = None
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{key}.")
+
+    for path in sorted(conf.rglob("*.yaml")):
+        group = path.parent.name
+        keys[group] = None
+        if path.parent == conf or group not in ("overlay", "experiment"):
+            plain = OmegaConf.to_container(OmegaConf.load(path))
+            if isinstance(plain, dict):
+                plain.pop("defaults", None)
+                plain.pop("hydra", None)
+                walk(plain, "" if path.parent == conf else f"{group}.")
+    return list(keys)

@@ -1,0 +1,29 @@
+"""Errors that a user can act on: each says what was expected, what came, and what would work."""
+
+
+class AlignbenchError(Exception):
+    """Base class: the command line prints these as one message, without a traceback."""
+
+
+class ConfigError(AlignbenchError):
+    """The configuration cannot be run as it stands."""
+
+
+class DataError(AlignbenchError):
+    """A prompt file or data set is missing or malformed."""
+
+
+class CheckpointError(AlignbenchError):
+    """Weights are missing, truncated or of another shape."""
+
+
+class RewardError(AlignbenchError):
+    """A reward is not finite, or does not vary at all."""
+
+
+class RecordError(AlignbenchError):
+    """A run directory cannot be written or does not belong to this configuration."""
+
+
+class BudgetError(AlignbenchError):
+    """A budget is missing, negative or too small for one iteration."""

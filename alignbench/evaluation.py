@@ -1,0 +1,300 @@
+"""The evaluation protocol: the same prompts, noises and samplers for every method, seed and checkpoint.
+
+An evaluation has clocks and seeds of its own and restores every global generator, so it cannot disturb training. A
+protocol is a named object; its hash stands beside every number.
+"""
+
+import io
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+from typing import Protocol as Protocol_
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignbench.errors import ConfigError
+from alignbench.prompts.prompt import Prompt
+from alignbench.records import config_hash
+from alignbench.rewards.reward import Reward
+from alignbench.sampling.rollout import Sampler
+from alignbench.seeding import seed_of, seeds_of
+from alignbench.stack import Stack
+
+GRID_COLUMNS = 4  # images of a prompt in the sample grid
+GRID_ROWS_PER_TAG = 2
+DRIFT_SAMPLES = 64
+DRIFT_SIGMAS = (0.9, 0.7, 0.5, 0.3)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One evaluation protocol.
+
+    Attributes:
+        name: ``"preview"``, ``"curve"`` or ``"final"``.
+        version: raised whenever the meaning of a number changes.
+        split: prompt split that is evaluated.
+        images_per_tag: images of each GenEval tag, at least; spread evenly over the tag's prompts.
+        steps, solver, grid: of the sampler.
+        guidance: scales; the first is the headline's, the others are chosen beforehand.
+    """
+
+    name: str
+    version: int
+    split: str
+    images_per_tag: int
+    steps: int
+    solver: str
+    grid: str
+    guidance: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.images_per_tag < 1:
+            raise ConfigError(f"evaluation {self.name}: images_per_tag is {self.images_per_tag}, it must be 1 or more")
+        if not self.guidance:
+            raise ConfigError(f"evaluation {self.name}: guidance is empty, give at least one scale, for example [1.0]")
+        for guidance in self.guidance:
+            self.sampler(guidance)
+
+    def sampler(self, guidance: float) -> Sampler:
+        """How this protocol samples at one guidance scale."""
+        return Sampler(self.steps, self.solver, self.grid, guidance)
+
+    def describe(
+        self, samples: "Samples", scorers: Sequence[str], dtype: str, resolution: Sequence[int]
+    ) -> dict[str, Any]:
+        """Everything that a number depends on, for the records; its hash is the protocol's hash."""
+        return asdict(self) | {
+            "guidance": list(self.guidance),
+            "prompts": len(samples.prompts),
+            "images": len(samples.rows),
+            "prompts_hash": config_hash({prompt.id: prompt.text for prompt in samples.prompts}),
+            "scorers": list(scorers),
+            "dtype": dtype,
+            "resolution": list(resolution),
+            "weights": "evaluation average; current weights beside it at the end",
+        }
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which images a protocol looks at.
+
+    Attributes:
+        prompts: the prompts, in order.
+        rows: (index of the prompt, index of the image within the prompt) of every image, prompt by prompt.
+    """
+
+    prompts: list[Prompt]
+    rows: list[tuple[int, int]]
+
+    @classmethod
+    def choose(cls, prompts: Sequence[Prompt], images_per_tag: int) -> "Samples":
+        """Spread ``images_per_tag`` images over each tag's prompts.
+
+        A tag with more prompts than that keeps those whose hashed ids come first, so a small protocol looks at a
+        subset of a large one's images.
+        """
+        tags: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            tags.setdefault(tag_of(prompt), []).append(prompt)
+        kept: list[Prompt] = []
+        rows: list[tuple[int, int]] = []
+        for members in tags.values():
+            first = sorted(members, key=lambda prompt: seed_of("evaluated prompt", prompt.id))[:images_per_tag]
+            images = math.ceil(images_per_tag / len(first))
+            for prompt in sorted(first, key=lambda prompt: prompt.id):
+                rows += [(len(kept), image) for image in range(images)]
+                kept.append(prompt)
+        return cls(kept, rows)
+
+
+def tag_of(prompt: Prompt) -> str:
+    """The GenEval tag of a prompt; ``"prompt"`` for those without one."""
+    return str(prompt.metadata.get("tag", "prompt"))
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation measured.
+
+    Attributes:
+        metrics: by name; a score's name alone is the unweighted mean over tags, ``name/tag`` one tag.
+        standard_errors: of the score's means, clustered by prompt.
+        scores: per-image values for the records.
+        grid: PNG of a fixed set of prompts and noises, a row a prompt.
+    """
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    scores: dict[str, Any]
+    grid: bytes = field(repr=False)
+
+
+class EmbedsImages(Protocol_):
+    """A scorer whose image embeddings can measure diversity."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors ``[batch, features]`` of images in [0, 1]."""
+
+
+class Evaluator:
+    """Evaluates one policy under named protocols.
+
+    Args:
+        stack: the run's stack; evaluation is charged to its own phase.
+        prompts: the evaluated prompt set.
+        scorers: rewards by metric name, beside the reward that is trained on.
+        features: name of the scorer whose image embeddings measure diversity; None leaves it out.
+    """
+
+    def __init__(
+        self, stack: Stack, prompts: Sequence[Prompt], scorers: Mapping[str, Reward], features: str | None = None
+    ) -> None:
+        self.stack = stack
+        self.prompts = prompts
+        self.scorers = dict(scorers)
+        self.features = cast(EmbedsImages, self.scorers[features]) if features else None
+        self._drift_set: tuple[Tensor, Tensor, list[Prompt]] | None = None
+
+    def __call__(self, protocol: Protocol, *, view: str, guidance: float) -> Evaluation:
+        """Sample every image of the protocol with a view's weights and score it."""
+        samples = Samples.choose(self.prompts, protocol.images_per_tag)
+        with self.stack.ledger.during("evaluation"), torch.no_grad(), undisturbed():
+            local = self.stack.processes.shard(len(samples.rows))
+            mine = [samples.rows[row] for row in local]
+            prompts = [samples.prompts[prompt] for prompt, _ in mine]
+            seeds = [seed_of("evaluation noise", samples.prompts[prompt].id, image) for prompt, image in mine]
+            rollout = self.stack.sample(
+                prompts, protocol.sampler(guidance), seeds, view=view, keep_images=True, score=False
+            )
+            assert rollout.images is not None
+            scores, embeddings = self._score(rollout.images, prompts)
+            gather = self.stack.processes.gather
+            scores = {name: gather(values).double().cpu() for name, values in scores.items()}
+            images = gather(rollout.images).cpu()
+            metrics, errors = summarise(scores, samples)
+            if embeddings is not None:
+                metrics["diversity"] = diversity(gather(embeddings).cpu(), samples)
+            metrics["drift"] = self._drift(view)
+        table = {
+            "prompt_ids": [prompt.id for prompt in samples.prompts],
+            "tags": [tag_of(prompt) for prompt in samples.prompts],
+            "images": np.bincount([prompt for prompt, _ in samples.rows]).tolist(),
+            "metrics": {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()},
+        }
+        return Evaluation(metrics, errors, table, picture(images, samples))
+
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Scores of all scorers and of the trained reward, and the embeddings that measure diversity."""
+
+        def chunk(rows: range) -> tuple[dict[str, Tensor], Tensor | None]:
+            part, few = images[rows.start : rows.stop], prompts[rows.start : rows.stop]
+            scores = {"reward": self.stack.score(part, few)["reward"]}
+            for name, scorer in self.scorers.items():
+                for key, values in self.stack.score(part, few, reward=scorer).items():
+                    scores[name if key == "reward" else key] = values
+            return scores, None if self.features is None else self.features.embed_images(part)
+
+        parts = self.stack.micro_batch.chunks(len(prompts), chunk)
+        scores = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+        embeddings = [part[1] for part in parts if part[1] is not None]
+        return scores, torch.cat(embeddings) if embeddings else None
+
+    def _drift(self, view: str) -> float:
+        """Mean squared velocity difference from the reference on the reference's own, noised samples."""
+        if self._drift_set is None:
+            rows = self.stack.processes.shard(DRIFT_SAMPLES)
+            prompts = [self.prompts[row % len(self.prompts)] for row in rows]
+            rollout = self.stack.sample(
+                prompts, Sampler(10), seeds_of("drift sample", ids=rows), view="reference", score=False
+            )
+            noise = self.stack.policy.noise(seeds_of("drift noise", ids=rows))
+            self._drift_set = rollout.latents, noise, prompts
+        x_0, noise, prompts = self._drift_set
+        condition = self.stack.encode(prompts)
+        squares = []
+        for sigma in DRIFT_SIGMAS:
+            t = x_0.new_full((len(x_0),), sigma)
+            x_t = self.stack.policy.path.interpolate(x_0, noise, t)
+            v = self.stack.predict(x_t, t, condition, view=view)
+            v_ref = self.stack.predict(x_t, t, condition, view="reference")
+            squares.append((v - v_ref).square().flatten(1).mean(1))
+        return float(self.stack.processes.gather(torch.stack(squares, 1)).mean())
+
+
+def summarise(scores: Mapping[str, Tensor], samples: Samples) -> tuple[dict[str, float], dict[str, float]]:
+    """Means by tag and over tags, with standard errors clustered by prompt.
+
+    The overall value is the unweighted mean of the tags, as GenEval's is. Images of one prompt are not independent, so
+    the standard error of a tag is that of its prompts' means; a tag with one prompt uses its images.
+    """
+    prompt_of = np.array([prompt for prompt, _ in samples.rows])
+    tags = np.array([tag_of(prompt) for prompt in samples.prompts])
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, tensor in scores.items():
+        values = tensor.numpy()
+        means, variances = [], []
+        for tag in dict.fromkeys(tags):
+            members = np.flatnonzero(tags == tag)
+            of_tag = values[np.isin(prompt_of, members)]
+            clusters = np.array([values[prompt_of == prompt].mean() for prompt in members])
+            units = clusters if len(clusters) > 1 else of_tag
+            means.append(of_tag.mean())
+            variances.append(units.var(ddof=1) / len(units) if len(units) > 1 else 0.0)
+            if len(set(tags)) > 1:
+                metrics[f"{name}/{tag}"], errors[f"{name}/{tag}"] = float(means[-1]), float(np.sqrt(variances[-1]))
+        metrics[name] = float(np.mean(means))
+        errors[name] = float(np.sqrt(np.sum(variances)) / len(variances))
+    return metrics, errors
+
+
+def diversity(embeddings: Tensor, samples: Samples) -> float:
+    """Mean cosine distance between the images of one prompt, averaged over prompts; in [0, 2]."""
+    distances = []
+    prompt_of = torch.tensor([prompt for prompt, _ in samples.rows])
+    for prompt in range(len(samples.prompts)):
+        own = embeddings[prompt_of == prompt].double()
+        n = len(own)
+        if n > 1:
+            distances.append(1 - ((own @ own.T).sum() - own.square().sum()) / (n * (n - 1)))
+    return float(torch.stack(distances).mean()) if distances else 0.0
+
+
+def picture(images: Tensor, samples: Samples) -> bytes:
+    """PNG of the first prompts of every tag, a row a prompt, a column a noise."""
+    shown: dict[str, list[int]] = {}
+    for index, record in enumerate(samples.prompts):
+        shown.setdefault(tag_of(record), []).append(index)
+    first = {of: row for row, (of, image) in enumerate(samples.rows) if image == 0}
+    count = np.bincount([prompt for prompt, _ in samples.rows])
+    strips = []
+    for members in shown.values():
+        for prompt in members[:GRID_ROWS_PER_TAG]:
+            rows = [first[prompt] + min(column, count[prompt] - 1) for column in range(GRID_COLUMNS)]
+            strips.append(
+                torch.cat([torch.nn.functional.pad(images[row], (1, 1, 1, 1), value=1.0) for row in rows], dim=2)
+            )
+    pixels = (torch.cat(strips, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch, whatever a scorer does with them."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a third-party scorer may use the global one
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

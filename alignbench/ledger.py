@@ -1,0 +1,143 @@
+"""The cost of a run, counted where it is spent, and the budget that ends it.
+
+Counts are per sample: a guided prediction counts two passes, every replay, branch and reference pass counts. FLOPs are
+measured once per kind of pass and multiplied by the counts. Three phases have clocks of their own, so that evaluation
+never costs a method anything.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from alignbench.errors import BudgetError
+
+PHASES = ("rollout", "training", "evaluation")
+METHOD_PHASES = ("rollout", "training")
+Join = Callable[[dict[str, float]], dict[str, float]]
+AXES = ("flops", "nfe", "images", "reward_calls", "gpu_seconds", "iterations")
+
+
+@dataclass
+class Counts:
+    """What one phase has cost.
+
+    Attributes:
+        flops: floating-point operations of all passes.
+        nfe: denoiser forward passes, per sample.
+        backward: denoiser backward passes, per sample.
+        images: images decoded.
+        reward_calls: images scored.
+    """
+
+    flops: float = 0.0
+    nfe: int = 0
+    backward: int = 0
+    images: int = 0
+    reward_calls: int = 0
+
+
+@dataclass
+class Ledger:
+    """Cumulative cost by phase.
+
+    Args:
+        synchronise: called before the clock is read, so that queued device work is included.
+    """
+
+    synchronise: Callable[[], None] = lambda: None
+    phases: dict[str, Counts] = field(default_factory=lambda: {phase: Counts() for phase in PHASES})
+    seconds: dict[str, float] = field(default_factory=lambda: {"reward": 0.0} | dict.fromkeys(PHASES, 0.0))
+    optimizer_steps: int = 0
+    wasted_nfe: int = 0
+    phase: str = "rollout"
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Charge everything inside to a phase."""
+        outer, self.phase = self.phase, phase
+        with self.timed(phase):
+            try:
+                yield
+            finally:
+                self.phase = outer
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to a clock."""
+        self.synchronise()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.synchronise()
+            self.seconds[name] += time.perf_counter() - start
+
+    def count(
+        self, *, flops: float = 0.0, nfe: int = 0, backward: int = 0, images: int = 0, reward_calls: int = 0
+    ) -> None:
+        """Charge passes to the current phase."""
+        counts = self.phases[self.phase]
+        counts.flops += flops
+        counts.nfe += nfe
+        counts.backward += backward
+        counts.images += images
+        counts.reward_calls += reward_calls
+
+    def row(self, join: Join = lambda values: values) -> dict[str, Any]:
+        """The method's cumulative cost (evaluation apart), as it stands in the records.
+
+        Args:
+            join: adds named numbers over all processes.
+        """
+        flat = {f"{phase}.{name}": n for phase, counts in self.phases.items() for name, n in asdict(counts).items()}
+        joined = join(flat)
+        phases = {phase: {name: joined[f"{phase}.{name}"] for name in asdict(Counts())} for phase in self.phases}
+        total = {name: sum(phases[phase][name] for phase in METHOD_PHASES) for name in asdict(Counts())}
+        return total | {"optimizer_steps": self.optimizer_steps, "phases": phases}
+
+    def clocks(self) -> dict[str, float]:
+        """Seconds by phase; ``total`` is the method's clock. ``reward`` is part of the phase that asked for it."""
+        total = sum(self.seconds[phase] for phase in METHOD_PHASES)
+        return {name: round(value, 4) for name, value in (self.seconds | {"total": total}).items()}
+
+    def state_dict(self, join: Join = lambda values: values) -> dict[str, Any]:
+        """All counts, over all processes; the seconds are this process's."""
+        row = self.row(join)
+        return {
+            "phases": row["phases"],
+            "optimizer_steps": self.optimizer_steps,
+            "volatile": {"seconds": dict(self.seconds), "wasted_nfe": self.wasted_nfe},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, main: bool = True) -> None:
+        """Continue from ``state_dict``: the counts go to the main process, the others begin at zero."""
+        if main:
+            self.phases = {phase: Counts(**counts) for phase, counts in state["phases"].items()}
+            self.wasted_nfe = state["volatile"]["wasted_nfe"]
+        self.optimizer_steps = state["optimizer_steps"]
+        self.seconds = dict(state["volatile"]["seconds"])
+
+
+class Budget:
+    """What a run may spend; it ends on the first axis that is used up.
+
+    Args:
+        limits: positive amounts by axis (see ``AXES``); None means no limit on that axis.
+
+    Raises:
+        BudgetError: no axis is limited, or a limit is not positive.
+    """
+
+    def __init__(self, limits: Mapping[str, float | None]) -> None:
+        self.limits = {str(axis): float(limit) for axis, limit in limits.items() if limit is not None}
+        for axis, limit in self.limits.items():
+            if limit <= 0:
+                raise BudgetError(f"budget.{axis} is {limit:g}: it must be positive")
+        if not self.limits:
+            raise BudgetError(f"the run would never end: set a limit on one of budget.{{{', '.join(AXES)}}}")
+
+    def fraction(self, spent: Mapping[str, float]) -> float:
+        """The used share of the budget: the largest over its axes; 1 or more ends the run."""
+        return max(spent[axis] / limit for axis, limit in self.limits.items())

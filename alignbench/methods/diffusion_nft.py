@@ -1,0 +1,182 @@
+"""DiffusionNFT: online reinforcement learning on the forward process (Zheng et al., arXiv 2509.16117).
+
+The rollout is any black-box sampler of the *old* weights and keeps clean latents only. Each latent is noised again, and
+the velocity is pulled towards an implicit positive policy where the reward was high and away from it where it was low.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignbench.errors import ConfigError
+from alignbench.methods.advantages import group_advantages
+from alignbench.methods.method import Batch, BatchSize, Clock, Experience, Loss, Method, Needs, Update
+from alignbench.methods.online import collect_images
+from alignbench.policies.policy import Policy
+from alignbench.prompts.prompt import Prompt
+from alignbench.sampling.flow import FlowPath, mean_per_sample, per_sample
+from alignbench.sampling.rollout import Sampler
+from alignbench.sampling.stochastic import kl_velocity
+from alignbench.seeding import generator, seed_of
+from alignbench.stack import Stack
+
+Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+MODES: tuple[Mode, ...] = ("all", "positive_only", "negative_only", "one_only", "binary")
+
+
+def optimality(advantage: Tensor, a_max: float, mode: Mode = "all") -> Tensor:
+    """``r = clip(A / A_max, -1, 1) / 2 + 0.5``: how likely an image is one of the good ones, in [0, 1].
+
+    The modes are the official code's: keep the sign that is named (the others become indifferent, 0.5), round every
+    advantage to its sign (``binary``), or give every image of positive advantage full weight (``one_only``).
+    """
+    if mode == "positive_only":
+        advantage = advantage.clamp(min=0)
+    elif mode == "negative_only":
+        advantage = advantage.clamp(max=0)
+    elif mode == "one_only":
+        advantage = torch.where(advantage > 0, a_max, 0.0).to(advantage)
+    elif mode == "binary":
+        advantage = a_max * torch.sign(advantage)
+    return (advantage / a_max).clamp(-1, 1) / 2 + 0.5
+
+
+def nft_loss(
+    v: Tensor, v_old: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, r: Tensor, beta: float, a_max: float, path: FlowPath
+) -> Tensor:
+    """``A_max (r L_pos + (1 - r) L_neg) / beta`` per sample (arXiv 2509.16117, eq. 5; weights of the code).
+
+    ``v_pos = beta v + (1 - beta) v_old`` and ``v_neg = (1 + beta) v_old - beta v`` are the implicit policies;
+    ``L = mean (x0_hat - x_0)^2 / w``, ``w = max(mean |x0_hat - x_0|, 1e-5)`` without gradient, in float64.
+
+    Args:
+        v, v_old, x_t, x_0: ``[B, ...]``.
+        t, r: ``[B]``.
+
+    Returns:
+        ``[B]``.
+    """
+
+    def error(velocity: Tensor) -> Tensor:
+        difference = path.clean(x_t, velocity, t) - x_0
+        weight = mean_per_sample(difference.detach().double().abs()).clamp(min=1e-5)
+        return mean_per_sample(difference**2 / per_sample(weight, difference)).to(v.dtype)
+
+    positive = error(beta * v + (1 - beta) * v_old)
+    negative = error((1 + beta) * v_old - beta * v)
+    return a_max * (r * positive + (1 - r) * negative) / beta
+
+
+def old_decay(optimizer_steps: int, schedule: int) -> float:
+    """Decay of the old weights after an iteration, by the official schedule types.
+
+    0: old is current; 1 (GenEval, PickScore): ``min(0.001 k, 0.5)``; 2 (OCR): 0 for 75 steps, then
+    ``min(0.0075 (k - 75), 0.999)``.
+    """
+    if schedule == 0:
+        return 0.0
+    if schedule == 1:
+        return min(0.001 * optimizer_steps, 0.5)
+    return min(max(0.0, 0.0075 * (optimizer_steps - 75)), 0.999)
+
+
+class DiffusionNFT(Method):
+    """DiffusionNFT.
+
+    Args:
+        beta: strength of the implicit policies, positive.
+        kl: weight of ``mean (v - v_ref)^2``; 0 makes no reference pass.
+        a_max: where advantages are clipped.
+        mode: which images count, see ``optimality``.
+        std: ``"global"`` or ``"group"`` standard deviation of the advantages.
+        old_schedule: how the sampling weights follow, see ``old_decay``.
+    """
+
+    needs = Needs(views=("old",))
+
+    def __init__(
+        self,
+        *,
+        beta: float,
+        kl: float,
+        a_max: float,
+        mode: Mode,
+        std: Literal["global", "group"],
+        old_schedule: Literal[0, 1, 2],
+        sampler: Sampler,
+        batch: BatchSize,
+        seed: int,
+    ) -> None:
+        super().__init__(sampler=sampler, batch=batch, seed=seed)
+        if beta <= 0:
+            raise ConfigError(f"diffusion_nft: beta is {beta:g}; it must be positive (the paper uses 1.0 and 0.1)")
+        if kl < 0:
+            raise ConfigError(f"diffusion_nft: kl is {kl:g}; it must be 0 or more")
+        if mode not in MODES:
+            raise ConfigError(f"diffusion_nft: mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+        if old_schedule not in (0, 1, 2):
+            raise ConfigError(f"diffusion_nft: old_schedule is {old_schedule}; choose 0, 1 or 2")
+        self.beta, self.kl, self.a_max, self.mode, self.std = beta, kl, a_max, mode, std
+        self.old_schedule = old_schedule
+
+    def collect(self, stack: Stack, prompts: Sequence[Prompt], clock: Clock) -> Experience:
+        collected, rollout, rewards, groups = collect_images(self, stack, prompts, clock, view="old")
+        advantages = group_advantages(rewards, groups, std=self.std, ddof=0, eps=1e-4)
+        r = optimality(advantages.values, self.a_max, self.mode)
+        collected.terms = {"x_0": rollout.latents, "r": r[list(collected.ids)].to(rollout.latents)}
+        collected.metrics |= {"constant_groups": advantages.constant_share, "optimality_std": r.std().item()}
+        return collected
+
+    def updates(self, experience: Experience, stack: Stack, clock: Clock) -> Iterator[Update]:
+        grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
+
+        for rows, images in self.parts(experience, clock):
+            atoms = [(row, step) for row in rows for step in self._steps(experience.ids[row], clock)]
+
+            def batch(chosen: Sequence[int], atoms: list[tuple[int, int]] = atoms) -> Batch:
+                picked = [atoms[index] for index in chosen]
+                rows = torch.as_tensor([row for row, _ in picked])
+                seeds = [
+                    seed_of("noise", self.seed, clock.iteration, experience.ids[row], step) for row, step in picked
+                ]
+                t = grid[[step for _, step in picked]].to(stack.policy.device)
+                terms = {name: value[rows] for name, value in experience.terms.items()}
+                terms |= {"t": t, "noise": stack.policy.noise(seeds)}
+                return Batch(terms, experience.condition[rows], [experience.prompts[row] for row in rows], chosen)
+
+            yield Update(len(atoms), images * (self.sampler.steps - 1), batch)
+
+    def _steps(self, sample: int, clock: Clock) -> list[int]:
+        """The grid's steps without a random one, per image."""
+        dropped = int(generator("time", self.seed, clock.iteration, sample).integers(self.sampler.steps))
+        return [step for step in range(self.sampler.steps) if step != dropped]
+
+    def loss(self, stack: Stack, update: Update, batch: Batch) -> Loss:
+        x_0, t, r = batch.terms["x_0"], batch.terms["t"], batch.terms["r"]
+        x_t = stack.policy.path.interpolate(x_0, batch.terms["noise"], t)
+        with torch.no_grad():
+            v_old = stack.predict(x_t, t, batch.condition, view="old")
+            v_ref = stack.predict(x_t, t, batch.condition, view="reference") if self.kl > 0 else None
+        v = stack.predict(x_t, t, batch.condition)
+        policy_loss = nft_loss(v, v_old, x_t, x_0, t, r, self.beta, self.a_max, stack.policy.path)
+        total = policy_loss.sum()
+        metrics = {"policy_loss": total.detach(), "old_distance": kl_velocity(v.detach(), v_old).sum()}
+        if v_ref is not None:
+            divergence = kl_velocity(v, v_ref).sum()
+            total = total + self.kl * divergence
+            metrics["kl"] = divergence.detach()
+        return Loss(total, metrics)
+
+    def after_iteration(self, policy: Policy, clock: Clock) -> None:
+        policy.blend("old", old_decay(clock.optimizer_steps, self.old_schedule))
+
+    def passes_per_image(self) -> dict[str, float]:
+        times = self.sampler.steps - 1
+        guidance = 1 if self.sampler.guidance == 1 else 2
+        return {
+            "rollout": guidance * self.sampler.steps,
+            "training": (3 if self.kl > 0 else 2) * times,
+            "backward": times,
+        }

@@ -1,0 +1,38 @@
+"""Collecting images from the policy itself, as every online method on prompts does."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignbench.methods.method import Clock, Experience, Method
+from alignbench.prompts.prompt import Prompt
+from alignbench.seeding import seed_of, seeds_of
+from alignbench.stack import Rollout, Stack
+
+
+def collect_images(
+    method: Method, stack: Stack, prompts: Sequence[Prompt], clock: Clock, *, view: str = "current"
+) -> tuple[Experience, Rollout, Tensor, Tensor]:
+    """Sample ``batch.images`` images of every prompt and score them.
+
+    Returns:
+        The experience (its terms still empty), this process's rollout, and over all processes the rewards
+        ``[images]`` and the group (index of the prompt) of each image ``[images]``, on the CPU.
+    """
+    local = stack.processes.shard(method.batch.total)
+    own = [prompts[sample // method.batch.images] for sample in local]
+    key = (method.seed, clock.iteration)
+    rollout = stack.sample(
+        own,
+        method.sampler,
+        seeds_of("initial noise", *key, ids=local),
+        step_seeds=lambda row, step: seed_of("step noise", *key, local[row], step),
+        view=view,
+    )
+    scores = {name: stack.processes.gather(values).float().cpu() for name, values in rollout.scores.items()}
+    metrics = {name: values.mean().item() for name, values in scores.items()}
+    metrics["reward_std"] = scores["reward"].std(correction=0).item()
+    experience = Experience({}, rollout.condition, own, list(local), range(method.batch.total), metrics)
+    groups = torch.arange(method.batch.total) // method.batch.images
+    return experience, rollout, scores["reward"], groups

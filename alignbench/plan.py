@@ -1,0 +1,91 @@
+"""The plan of a run, printed before it starts: batches, passes, memory, time, and where results go."""
+
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from alignbench.assembly import Parts
+from alignbench.configuration import reward_name
+
+BACKWARD = 2.0  # a backward pass takes about as long as two forward passes
+
+
+def table(config: DictConfig, parts: Parts, folder: Path) -> str:
+    """The plan as text; with ``dry_run`` it measures one model call to estimate the time."""
+    method, processes = parts.method, parts.processes
+    batch = method.batch
+    passes = method.passes_per_image()
+    rows = [
+        ("run", f"{config.method.name} on {reward_name(config)}, model {config.model.name}, seed {config.seed}"),
+        ("results", str(folder)),
+        (
+            "images an iteration",
+            f"{batch.prompts} prompts x {batch.images} images = {batch.total:,}, in {batch.updates} optimizer step(s); "
+            f"{processes.count} process(es) x {len(processes.shard(batch.total))} images, "
+            f"micro-batches of {parts.stack.micro_batch.size}",
+        ),
+    ]
+    rows += [(f"passes an image, {phase}", f"{count:g}") for phase, count in passes.items()]
+    flops = flops_per_iteration(parts)
+    iterations = expected_iterations(parts, flops)
+    rows += [
+        ("FLOPs an iteration", f"{flops:.3g} (denoiser and decoder)"),
+        ("budget", ", ".join(f"{axis} {limit:.4g}" for axis, limit in parts.budget.limits.items())),
+    ]
+    if iterations is not None:
+        share = 100 / iterations
+        rows.append(("iterations", f"about {iterations:.0f}; one is {share:.1f}% of the budget"))
+        if share > 5:
+            rows.append(("warning", "an iteration above 5% of the budget makes coarse curves; raise the budget"))
+    if config.dry_run:
+        weights = sum(p.numel() * p.element_size() for p in parts.policy.trainable_parameters().values())
+        copies = len(parts.policy.views) + 3  # gradient and two moments
+        rows.append(
+            ("memory of the trained weights", f"{weights * copies / 2**20:,.1f} MiB ({len(parts.policy.views)} views)")
+        )
+        if iterations is not None:
+            seconds = iterations * seconds_per_iteration(parts)
+            rows.append(("time", f"about {seconds / 60:.1f} minutes for rollout and training, evaluation apart"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def flops_per_iteration(parts: Parts) -> float:
+    """Expected FLOPs of an iteration's denoiser and decoder passes."""
+    passes, flops = parts.method.passes_per_image(), parts.stack.flops
+    forward = passes.get("rollout", 0) + passes.get("training", 0)
+    per_image = forward * flops["denoiser"] + passes.get("backward", 0) * flops["denoiser_backward"] + flops["decode"]
+    return parts.method.batch.total * per_image
+
+
+def expected_iterations(parts: Parts, flops: float) -> float | None:
+    """How many iterations the budget allows; None if only its seconds are limited."""
+    total, passes = parts.method.batch.total, parts.method.passes_per_image()
+    costs = {
+        "flops": flops,
+        "nfe": total * (passes.get("rollout", 0) + passes.get("training", 0)),
+        "images": total,
+        "reward_calls": total,
+        "iterations": 1,
+    }
+    limits = [limit / costs[axis] for axis, limit in parts.budget.limits.items() if costs.get(axis)]
+    return min(limits) if limits else None
+
+
+def seconds_per_iteration(parts: Parts) -> float:
+    """Estimated from the time of one micro-batch of predictions."""
+    policy, size = parts.policy, parts.stack.micro_batch.size
+    latents = policy.noise(range(size))
+    sigma, condition = latents.new_full((size,), 0.5), policy.encode([""] * size)
+    with torch.no_grad():
+        policy.predict(latents, sigma, condition)
+        parts.ledger.synchronise()
+        start = time.perf_counter()
+        policy.predict(latents, sigma, condition)
+        parts.ledger.synchronise()
+    passes = parts.method.passes_per_image()
+    forward = passes.get("rollout", 0) + passes.get("training", 0) + BACKWARD * passes.get("backward", 0)
+    rows = len(parts.processes.shard(parts.method.batch.total)) * forward
+    return (time.perf_counter() - start) / size * rows

@@ -1,0 +1,7 @@
+"""Prompt sets: where the prompts of training and evaluation come from.
+
+Where it fits: the run draws an iteration's prompts from a set; the evaluation walks a set in order.
+``prompt``  the record: id, text, GenEval metadata.
+``sets``    the sets: the embedded world's captions, text files, JSONL files; and how an iteration draws from one.
+Gotchas: ids are stable, seeds are hashed from them; groups are matched by identity within an iteration, never by text.
+"""

@@ -1,0 +1,101 @@
+"""Prompt sets and how an iteration draws from one."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from alignbench.errors import ConfigError, DataError
+from alignbench.prompts.prompt import Prompt
+from alignbench.seeding import generator
+
+Split = Literal["train", "tuning", "test", "all"]
+LONGEST_PROMPT = 2_000  # characters; the longest text encoders read 512 tokens
+
+
+def load(source: str, split: Split = "train", path: str | None = None) -> list[Prompt]:
+    """Load a prompt set.
+
+    Args:
+        source: ``"shapes"`` (captions of the embedded world) or ``"file"``.
+        split: ``"train"``, ``"tuning"``, ``"test"`` or ``"all"``, for sources that have splits.
+        path: of a ``.txt`` (a prompt a line) or ``.jsonl`` file (an object a line with the key ``prompt``; the other
+            keys, for example GenEval's ``tag`` and ``include``, become the metadata).
+
+    Raises:
+        ConfigError: unknown source.
+        DataError: unreadable file, empty line, invalid JSON, over-long or repeated prompt; the line is named.
+    """
+    if source == "shapes":
+        from alignbench.shapes.captions import split as captions
+
+        return captions(split)
+    if source == "file":
+        if path is None:
+            raise ConfigError(
+                "prompts=file needs prompts.path=FILE (.txt: a prompt a line; .jsonl: objects with a prompt)"
+            )
+        return read_file(Path(path))
+    raise ConfigError(f"prompts.source {source!r} is not known; choose shapes or file")
+
+
+def read_file(path: Path) -> list[Prompt]:
+    """Read a ``.txt`` or ``.jsonl`` prompt file; see ``load``."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"{path}: expected a .txt or .jsonl prompt file, got {path.suffix or 'no suffix'}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a UTF-8 prompt file ({error})") from error
+    if not lines:
+        raise DataError(f"{path}: no prompts in this file")
+    prompts: dict[str, Prompt] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            raise DataError(f"{where}: empty; every line must hold a prompt, delete it")
+        record = _record(line, where) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+        text = record["prompt"]
+        if len(text) > LONGEST_PROMPT:
+            raise DataError(f"{where}: the prompt has {len(text)} characters; at most {LONGEST_PROMPT} are accepted")
+        if text in prompts:
+            raise DataError(f"{where}: the prompt {text!r} was already given as {prompts[text].id}; every prompt once")
+        prompts[text] = Prompt(f"{path.stem}/{number - 1:05d}", text, {} if set(record) == {"prompt"} else record)
+    return list(prompts.values())
+
+
+def _record(line: str, where: str) -> dict[str, str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        raise DataError(f'{where}: expected an object with a non-empty "prompt", got {line[:80]!r}')
+    return record
+
+
+def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int, balance: str = "tag") -> list[Prompt]:
+    """Draw an iteration's distinct prompts, the same for any number of processes.
+
+    Args:
+        balance: ``"tag"`` gives every GenEval tag the same probability, however many prompts it has; ``"none"`` draws
+            uniformly.
+
+    Raises:
+        ConfigError: more prompts asked for than there are.
+    """
+    if count > len(prompts):
+        raise ConfigError(
+            f"an iteration needs {count} distinct prompts but the set has {len(prompts)}; "
+            f"lower method.batch.prompts to {len(prompts)} or use a larger set"
+        )
+    weights = np.ones(len(prompts))
+    if balance == "tag":
+        sizes = Counter(prompt.metadata.get("tag") for prompt in prompts)
+        weights = np.array([1 / sizes[prompt.metadata.get("tag")] for prompt in prompts])
+    rng = generator("prompts", seed, iteration)
+    chosen = rng.choice(len(prompts), count, replace=False, p=weights / weights.sum())
+    return [prompts[index] for index in chosen]

@@ -1,0 +1,584 @@
+"""The run directory: plain files, written so that a run killed at any point continues to the same numbers.
+
+    config.yaml  run.json        what is run, and by what; written once
+    status.json                  replaced atomically
+    metrics.jsonl                a row an iteration, appended
+    evaluations.jsonl            a row an evaluation, appended
+    scores/*.json  images/*.png  per-image scores and sample grids of evaluations
+    checkpoints/step_<n>/        *.safetensors, state.json and COMPLETE, a marker with the hash of every file
+
+`RunDirectory` writes (one process at a time, strictly), `read_run` reads (any number, tolerantly).
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import yaml
+
+from alignbench.errors import CheckpointError, RecordError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+VOLATILE = frozenset({"volatile", "created", "updated", "hardware", "git", "packages"})  # may differ after a resume
+ENVIRONMENT = VOLATILE | {"threads", "processes"}  # fields of run.json that do not decide whether it is the same run
+KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on if the disk damages it
+MINIMUM_FREE_BYTES = 256 * 2**20  # records and two LoRA checkpoints of the embedded model take a tenth of this
+ROW_FILES = ("metrics.jsonl", "evaluations.jsonl")
+
+Status = Literal["running", "done", "failed", "out_of_memory", "interrupted"]
+
+# Every change to the disk is one of these calls, looked up at call time: fault tests wrap them by name.
+_mkdir = os.makedirs
+_open = os.open
+_write = os.write
+_fsync = os.fsync
+_truncate = os.ftruncate
+_replace = os.replace
+_rmtree = shutil.rmtree
+
+_SPENT = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another results folder"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another results folder"),
+    errno.EFBIG: ("the file would pass the size limit", "raise the limit (ulimit -f) or choose another file system"),
+}
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error inside the block into a RecordError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _SPENT:
+            reason, remedy = _SPENT[error.errno]
+            advice = f"{remedy}, then run the same command again: it continues from the last checkpoint"
+        else:
+            reason, advice = error.strerror or str(error), "choose a results folder that this user can write to"
+        raise RecordError(
+            f"cannot write {path}: {reason}; files written before are intact. To go on, {advice}."
+        ) from error
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[_write(descriptor, view) :]
+    _fsync(descriptor)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file whose name nobody reads yet; it is on the disk when this returns."""
+    with _writing(path):
+        descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write_all(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = _open(folder, os.O_RDONLY)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8): a reader, or a crash, finds the old or the new content, never a mix.
+
+    Raises RecordError if it cannot be written; the old content then stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_new(temporary, data.encode() if isinstance(data, str) else data)
+        with _writing(path):
+            _replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # gone after success; otherwise the error above says more
+            temporary.unlink()
+
+
+def _plain(value: object, where: str, key: str = "") -> Any:
+    """`value` as JSON data. Raises RecordError, naming the key, for anything that JSON would lose or refuse."""
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise RecordError(f"{where}: {key or 'the record'} has the key {name!r}; keys must be strings.")
+        return {name: _plain(item, where, f"{key}.{name}" if key else name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where, f"{key}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where}: {key} is {value}; only finite numbers are recorded.")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    kind = type(value).__name__
+    raise RecordError(f"{where}: {key} is a {kind}; convert it to plain numbers, strings, lists or mappings.")
+
+
+def _dump(value: Mapping[str, Any], where: str, indent: int | None = None) -> bytes:
+    return (json.dumps(_plain(value, where), allow_nan=False, indent=indent) + "\n").encode()
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else, NaN and bottomless nesting included."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(text.decode(), parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def config_hash(mapping: Mapping[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of the mapping's canonical JSON; the order of keys does not matter."""
+    canonical = json.dumps(_plain(mapping, "config"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def strip_volatile(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` without the volatile fields, at any depth: what a resumed run shares with an uninterrupted one."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: strip(item) for key, item in value.items() if key not in VOLATILE}
+        return [strip(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {key: strip(item) for key, item in row.items() if key not in VOLATILE}
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> JSON text of the value; a list is one value."""
+    leaves: dict[str, str] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = json.dumps(value)
+    return leaves
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line a differing key: "method.beta: 0.1 -> 1.0"; a key that one side lacks is "(absent)" there."""
+    before, after = _leaves(old), _leaves(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    pairs = [(key, before.get(key, "(absent)"), after.get(key, "(absent)")) for key in keys]
+    return [f"{key}: {a} -> {b}" for key, a, b in pairs if a != b]
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """Lines that end in a newline, without it; what follows the last one is a write that a crash tore off."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds one mapping. Raises OSError, or ValueError saying what is wrong with it."""
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        return _parse(data)
+    try:
+        value = _plain(yaml.safe_load(data), path.name)
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError, RecordError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error  # PyYAML's constructors leak the builtin ones
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        return _read_object(path)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read ({error}); restore it, or move the run's folder away.") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.@+-]*", name):
+        raise RecordError(f"{name!r} cannot name a file; use letters, digits and any of _ . @ + - after the first.")
+    return name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file has the size and hash that its marker states."""
+
+    folder: Path
+    step: int
+    metrics_rows: int  # rows written before it: `restore` cuts off what follows
+    evaluations_rows: int
+
+    @classmethod
+    def verify(cls, folder: Path) -> Self:
+        """Check the folder against its marker. Raises CheckpointError saying what is missing or damaged."""
+        try:
+            marker = _parse((folder / "COMPLETE").read_bytes())
+            for name, expected in marker["files"].items():
+                size = (folder / name).stat().st_size
+                if size != expected["bytes"]:
+                    raise CheckpointError(f"{folder / name} has {size} bytes, expected {expected['bytes']}")
+                if _sha256(folder / name) != expected["sha256"]:
+                    raise CheckpointError(f"{folder / name} does not have the SHA-256 that its marker states")
+            return cls(folder, int(marker["step"]), int(marker["metrics_rows"]), int(marker["evaluations_rows"]))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error.filename} is missing") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} has an unreadable marker or file ({error})") from error
+
+
+class RunDirectory:
+    """The only writer of a run's folder, from `open` to `close` (or as a context manager).
+
+    problems: damaged checkpoints that were passed over.
+    changes: how the environment (packages, commit, hardware, threads) differs from the one the run began in.
+    """
+
+    def __init__(self, folder: Path, lock: int, changes: list[str]) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        self.changes = changes
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        run: Mapping[str, Any],
+        minimum_free_bytes: int = MINIMUM_FREE_BYTES,
+    ) -> Self:
+        """Create the folder, or take up a run that was begun there with the same configuration.
+
+        `run` is the content of run.json; the one written first stays. Raises RecordError, before any work, if the
+        folder cannot be written or is short of space, if another process has it open, or if it belongs to another
+        configuration: another `config`, or another value of a field of `run` that is not the environment's.
+        """
+        plain_config, plain_run = _plain(config, "config.yaml"), _plain({"schema": SCHEMA, **run}, "run.json")
+        with _writing(folder):
+            _mkdir(folder, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        if free < minimum_free_bytes:
+            raise RecordError(
+                f"{folder} has {free / 2**20:.0f} MB free, a run needs at least {minimum_free_bytes / 2**20:.0f} MB: "
+                "free some space or choose another results folder."
+            )
+        lock = _take_lock(folder / ".lock")
+        try:
+            changes = _begin(folder, plain_config, plain_run)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(folder, lock, changes)
+
+    def close(self) -> None:
+        """Let another process open the run. Closing twice is allowed."""
+        if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicit: a forked worker may still hold the descriptor
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `set_status` wrote last; empty before the first time."""
+        path = self.folder / "status.json"
+        return _recorded(path) if path.exists() else {}
+
+    def set_status(self, status: Status, message: str = "", **fields: Any) -> None:
+        """Replace status.json; fields of an earlier status do not stay."""
+        updated = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        content = {"status": status, "message": message, **fields, "updated": updated}
+        atomic_write(self.folder / "status.json", _dump(content, "status.json"))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append an iteration's row to metrics.jsonl; it is on the disk when this returns."""
+        self._append("metrics.jsonl", row)
+
+    def append_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append an evaluation's row to evaluations.jsonl; it is on the disk when this returns."""
+        self._append("evaluations.jsonl", row)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line, path = _dump(row, name), self.folder / name
+        with _writing(path):
+            is_new = not path.exists()
+            descriptor = _open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                end = sum(len(complete) + 1 for complete in _complete_lines(path))
+                if os.fstat(descriptor).st_size > end:
+                    _truncate(descriptor, end)
+                os.lseek(descriptor, end, os.SEEK_SET)
+                try:
+                    _write_all(descriptor, line)
+                except BaseException:  # also Ctrl-C: a row is recorded wholly or not at all
+                    with contextlib.suppress(OSError):
+                        _truncate(descriptor, end)
+                    raise
+            finally:
+                os.close(descriptor)
+            if is_new:
+                _sync_folder(self.folder)
+
+    def write_scores(self, name: str, data: Mapping[str, Any]) -> str:
+        """Write scores/<name>.json and return that path, relative to the run, for the evaluation's row."""
+        return self._attach(f"scores/{_file_name(name)}.json", _dump(data, f"scores/{name}.json"))
+
+    def write_image(self, name: str, png: bytes) -> str:
+        """Write images/<name>.png and return that path, relative to the run, for the evaluation's row."""
+        return self._attach(f"images/{_file_name(name)}.png", png)
+
+    def _attach(self, relative: str, data: bytes) -> str:
+        path = self.folder / relative
+        with _writing(path.parent):
+            _mkdir(path.parent, exist_ok=True)
+        atomic_write(path, data)
+        return relative
+
+    def save_checkpoint(
+        self, step: int, tensors: Mapping[str, Mapping[str, "Tensor"]], state: Mapping[str, Any]
+    ) -> None:
+        """Write checkpoints/step_<step>: <key>.safetensors for each key of `tensors`, and state.json.
+
+        Built under a temporary name, marked complete, then renamed; the two newest stay. A failure (RecordError)
+        leaves the earlier ones as they were. Tensors keep their dtype; peak extra memory is one key's tensors twice.
+        """
+        from safetensors.torch import save
+
+        final = self.folder / "checkpoints" / f"step_{step}"
+        building = final.with_name(f".{final.name}.building")
+        marker: dict[str, Any] = {"step": step, "files": {}}
+        for name in ROW_FILES:
+            marker[f"{Path(name).stem}_rows"] = len(_complete_lines(self.folder / name))
+        weights = ((f"{_file_name(key)}.safetensors", save(_on_cpu(group))) for key, group in tensors.items())
+        with _writing(final):
+            try:
+                _mkdir(building)
+                for name, data in itertools.chain([("state.json", _dump(state, "state.json"))], weights):
+                    _write_new(building / name, data)
+                    marker["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                _write_new(building / "COMPLETE", _dump(marker, "COMPLETE", indent=1))
+                _sync_folder(building)
+                _discard(final)
+                _replace(building, final)
+                _sync_folder(final.parent)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)  # gone after success
+            self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the two newest checkpoints up to step `newest`; delete the others, later ones included."""
+        folders = _checkpoint_folders(self.folder)
+        kept = [step for step in sorted(folders) if step <= newest][-KEPT_CHECKPOINTS:]
+        for step, folder in folders.items():
+            if step not in kept:
+                _discard(folder)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole and whose rows are all there; each one passed over adds to `problems`."""
+        for _, folder in sorted(_checkpoint_folders(self.folder).items(), reverse=True):
+            try:
+                checkpoint = Checkpoint.verify(folder)
+                self._check_rows(checkpoint)
+                return checkpoint
+            except CheckpointError as error:
+                self.problems.append(f"checkpoint passed over: {error}")
+        return None
+
+    def _check_rows(self, checkpoint: Checkpoint) -> None:
+        for name, needed in zip(ROW_FILES, (checkpoint.metrics_rows, checkpoint.evaluations_rows), strict=True):
+            rows, problems = _read_rows(self.folder / name, first=needed)
+            if problems or len(rows) < needed:
+                raise CheckpointError(f"{checkpoint.folder} follows {needed} rows of {name}, which lost some of them")
+
+    @staticmethod
+    def load_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, "Tensor"]], dict[str, Any]]:
+        """(tensors on the CPU, state), as given to `save_checkpoint`. Needs no lock: every process may call it.
+
+        Raises CheckpointError if the files went missing or bad since the checkpoint was verified.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            paths = sorted(checkpoint.folder.glob("*.safetensors"))
+            tensors = {path.stem: load(path.read_bytes()) for path in paths}
+            return tensors, _read_object(checkpoint.folder / "state.json")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{checkpoint.folder} cannot be loaded ({error}).") from error
+
+    def restore(self, checkpoint: Checkpoint | None) -> dict[str, list[dict[str, Any]]]:
+        """Take the records back to `checkpoint` (None: to the start); the work that follows is done again.
+
+        Later checkpoints are deleted and later rows cut off. Returns the rows cut off (those that can be read), by
+        file name: {"metrics.jsonl": [...], "evaluations.jsonl": [...]}, the last of which tell what was wasted.
+        """
+        cut = {}
+        kept = (checkpoint.metrics_rows, checkpoint.evaluations_rows) if checkpoint else (0, 0)
+        with _writing(self.folder):
+            self._prune(checkpoint.step if checkpoint else -1)  # first: rows may go only when nothing later needs them
+            for name, rows in zip(ROW_FILES, kept, strict=True):
+                path = self.folder / name
+                cut[name] = _read_rows(path, after=rows)[0]
+                content = b"".join(line + b"\n" for line in _complete_lines(path)[:rows])
+                if path.exists() and path.stat().st_size > len(content):
+                    atomic_write(path, content)
+        return cut
+
+
+def _take_lock(path: Path) -> int:
+    """Descriptor that holds the run's lock; the system frees it when the process ends, however that happens."""
+    with _writing(path):
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _truncate(descriptor, 0)
+            _write(descriptor, f"{os.getpid()}\n".encode())
+        except BlockingIOError as error:
+            holder = path.read_text().strip() or "unknown"
+            os.close(descriptor)
+            raise RecordError(
+                f"{path.parent} is being written by process {holder}: wait for it, end it, or choose another folder."
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """Write config.yaml and run.json, or compare with those written; returns changes of the environment."""
+    with _writing(folder):
+        for leftover in list(folder.rglob(".*")):  # of a process that was killed in the middle
+            if leftover.suffix in (".tmp", ".building", ".discarded"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not (folder / "config.yaml").exists():
+        orphans = [name for name in (*ROW_FILES, "checkpoints") if (folder / name).exists()]
+        if orphans:
+            raise RecordError(f"{folder} has {', '.join(orphans)} but no config.yaml; choose another results folder.")
+        atomic_write(folder / "run.json", _dump(run, "run.json", indent=1))
+        atomic_write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: it makes the run exist
+        return []
+    recorded = _recorded(folder / "run.json")
+    lines = differences(_recorded(folder / "config.yaml"), config)
+    for key in [key for key in run if key not in ENVIRONMENT]:
+        lines += differences({key: recorded[key]} if key in recorded else {}, {key: run[key]})
+    if lines:
+        raise RecordError(
+            f"{folder} holds a run of another configuration (recorded -> requested):\n  "
+            + "\n  ".join(lines)
+            + "\nUse the recorded values to continue it, or choose another results folder."
+        )
+    environment = [key for key in run if key in ENVIRONMENT - {"created"}]
+    return differences({key: recorded.get(key) for key in environment}, {key: run[key] for key in environment})
+
+
+def _checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Step -> folder, whatever state they are in."""
+    found = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("checkpoints/step_*")}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a crash never leaves a part of it under that name."""
+    if folder.exists():
+        nameless = folder.with_name(f".{folder.name}.discarded")
+        shutil.rmtree(nameless, ignore_errors=True)
+        _replace(folder, nameless)
+        _rmtree(nameless)
+
+
+def _on_cpu(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_rows(path: Path, first: int | None = None, after: int = 0) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of lines `after` to `first`, and what is wrong with the lines that are not rows."""
+    rows, problems = [], []
+    try:
+        lines = _complete_lines(path)
+    except OSError as error:
+        return [], [f"{path.name} cannot be read ({error.strerror})"]
+    for number, line in enumerate(lines[after:first], start=after + 1):
+        try:
+            rows.append(_parse(line))
+        except ValueError as error:
+            problems.append(f"{path.name}, line {number} is damaged ({error})")
+    return rows, problems
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds; a missing or damaged file reads as empty and is told in `problems`."""
+
+    folder: Path
+    run: dict[str, Any]
+    config: dict[str, Any]
+    status: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    problems: tuple[str, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run, finished or not, without changing it; never raises because of what is in the folder.
+
+    A torn last line is left out in silence (a crash, or a writer at work); anything else amiss is in `problems`.
+    """
+    contents: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for name in ("run.json", "config.yaml", "status.json"):
+        try:
+            contents[name] = _read_object(folder / name)
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+        except ValueError as error:
+            problems.append(f"{name} is damaged ({error})")
+    run, config, status = (contents.get(name, {}) for name in ("run.json", "config.yaml", "status.json"))
+    if run and run.get("schema") != SCHEMA:
+        problems.append(f"run.json has schema {run.get('schema')}, this version reads {SCHEMA}")
+    metrics, damaged_metrics = _read_rows(folder / "metrics.jsonl")
+    evaluations, damaged_evaluations = _read_rows(folder / "evaluations.jsonl")
+    problems += damaged_metrics + damaged_evaluations
+    return Run(folder, run, config, status, metrics, evaluations, tuple(problems))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders of runs at or below `root`, sorted; one whose run.json is lost still counts. RecordError if no folder."""
+    if not root.is_dir():
+        raise RecordError(f"{root} is not a folder; give the results folder of a run or one above it.")
+    marks = {"run.json", "status.json", *ROW_FILES}
+    return sorted(Path(folder) for folder, _, files in os.walk(root) if marks & set(files))

@@ -1,0 +1,280 @@
+"""Step-efficiency figures: a score against what it cost, every run as a thin line, mean and band over runs.
+
+The mean and its pointwise 95% Student-t band are taken over the finished runs of a method, at every cost where one of
+them was evaluated: the others are interpolated linearly there, inside their own range. They are drawn where all of them
+have values. Runs that did not finish are thin dashed lines and enter no mean. Horizontal lines are the base model under
+the same protocol.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from alignbench.report.data import AXES, Axis, Comparison, TrainingRun
+from alignbench.report.statistics import Array, interpolate, pointwise_interval
+
+# Colours of methods on white and on the page's dark background, at least 3:1 against it. After Okabe and Ito (2008) and
+# Tol (2021), which are told apart with colour vision deficiencies; some are darkened. Every method has a marker too.
+LIGHT = ("#0072b2", "#d55e00", "#00896b", "#aa4499", "#8a6d00", "#332288", "#c2567a", "#5b5f66")
+DARK = ("#56b4e9", "#ff9248", "#35c79d", "#dd8ed3", "#e0c04c", "#a9a1f5", "#f4a3ba", "#b4b9c2")
+INK, MUTED, LINE, BASE = "#1b1f25", "#59616b", "#d5d9df", "#6e7680"  # each replaced by a CSS variable on the page
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+KNOWN = ("diffusion_nft", "flow_grpo", "tempflow_grpo")  # keep their colours from report to report
+
+STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
+    "svg.fonttype": "none",  # text stays text: selectable, in the page's font and colour
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method looks everywhere in the report; `slot` is its colour variable on the page."""
+
+    slot: int
+    marker: str
+
+    @property
+    def colour(self) -> str:
+        return LIGHT[self.slot]
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for every method: known methods keep theirs, the others take what is free, in alphabetical order.
+
+    With more than eight labels colours repeat, with other markers.
+    """
+    known = [label for label in KNOWN if label in labels]
+    slots = {label: KNOWN.index(label) for label in known}
+    free = [slot for slot in range(len(LIGHT)) if slot not in slots.values()] or [0]
+    others = sorted(label for label in labels if label not in slots)
+    styled = {label: Style(slot, MARKERS[slot]) for label, slot in slots.items()}
+    for index, label in enumerate(others):
+        turn, place = divmod(index, len(free))
+        slot = free[place]
+        styled[label] = Style(slot, MARKERS[(slot + 3 * turn) % len(MARKERS)])
+    return styled
+
+
+@dataclass(frozen=True)
+class Band:
+    """Mean and pointwise 95% limits of one method on its runs' grid, each [points]; limits NaN for a single run."""
+
+    x: Array
+    mean: Array
+    low: Array
+    high: Array
+    n: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Everything one figure shows about one method."""
+
+    label: str
+    band: Band | None
+    finished: tuple[tuple[Array, Array], ...]
+    unfinished: tuple[tuple[Array, Array], ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: a metric of one comparison against one cost."""
+
+    name: str
+    title: str
+    metric: str
+    axis: Axis
+    curves: tuple[Curve, ...]
+    base: tuple[tuple[float, float], ...]  # (guidance, score)
+
+
+def band(curves: Sequence[tuple[Array, Array]]) -> Band | None:
+    """Mean and band over runs on the range that all of them cover; None where there is no such range."""
+    if not curves:
+        return None
+    start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if end <= start:
+        return None
+    costs = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = costs[(costs >= start) & (costs <= end)]
+    mean, low, high = pointwise_interval(np.stack([interpolate(x, y, grid) for x, y in curves]))
+    return Band(grid, mean, low, high, len(curves))
+
+
+def plot(name: str, title: str, metric: str, axis: Axis, comparison: Comparison) -> Plot | None:
+    """Collect one figure's numbers; None where no run has two points to connect."""
+
+    def lines(runs: list[TrainingRun], finished: bool) -> tuple[tuple[Array, Array], ...]:
+        found = (run.curve(metric, axis.key) for run in runs if run.finished is finished)
+        return tuple((x, y) for x, y in found if len(x) > 1)
+
+    curves = []
+    for label in comparison.labels:
+        runs = comparison.of(label)
+        finished, unfinished = lines(runs, True), lines(runs, False)
+        if finished or unfinished:
+            curves.append(Curve(label, band(finished), finished, unfinished))
+    if not curves:
+        return None
+    values: dict[float, list[float]] = {}
+    for run in comparison.runs:
+        for guidance in run.guidances(run.curve_hash):
+            row = run.base(run.curve_hash, guidance)
+            if row is not None and metric in row.metrics:
+                values.setdefault(guidance, []).append(row.metrics[metric])
+    base = tuple((guidance, float(np.mean(scores))) for guidance, scores in sorted(values.items()))
+    return Plot(name, title, metric, axis, tuple(curves), base)
+
+
+def _prefix(largest: float) -> tuple[float, str]:
+    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if largest >= scale:
+            return scale, letter
+    return 1.0, ""
+
+
+def axis_scale(axis: Axis, largest: float) -> tuple[float, str]:
+    """What to divide costs by, and the label that says so: (1e12, "Compute (TFLOP)")."""
+    if axis.key == "flops":
+        scale, letter = _prefix(largest)
+        return scale, f"{axis.title} ({letter}{axis.unit})"
+    if largest >= 1e4 and axis.key != "seconds":
+        scale, word = (1e6, "million") if largest >= 2e6 else (1e3, "thousand")
+        return scale, f"{axis.title} ({word})"
+    return 1.0, f"{axis.title} ({axis.unit})" if axis.key == "seconds" else axis.title
+
+
+def _short(name: str, longest: int = 34) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
+    """The figure, in the colours of a white page."""
+    drawn = [line for curve in plot.curves for line in (*curve.finished, *curve.unfinished)]
+    scale, label = axis_scale(plot.axis, max(x[-1] for x, _ in drawn))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 3.3))
+        axes = figure.add_axes((0.105, 0.135, 0.865, 0.66))
+        base, handles = [], []
+        for (guidance, score), dashes in zip(plot.base, ((5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 3)), strict=False):
+            name = f"base, guidance {guidance:g}"
+            base.append(axes.axhline(score, color=BASE, linewidth=1.1, dashes=dashes, zorder=1, label=name))
+        for curve in plot.curves:
+            look = style[curve.label]
+            for lines, kind, alpha in ((curve.finished, "-", 0.4), (curve.unfinished, (0, (2, 2)), 0.7)):
+                for x, y in lines:
+                    axes.plot(x / scale, y, color=look.colour, linewidth=0.75, alpha=alpha, linestyle=kind, zorder=2)
+            mean = curve.band
+            if mean is None:  # nothing finished: the legend still needs the method
+                handles += axes.plot(
+                    [], [], color=look.colour, linewidth=0.75, linestyle=(0, (2, 2)), label=_short(curve.label)
+                )
+                continue
+            if mean.n > 1:
+                axes.fill_between(
+                    mean.x / scale, mean.low, mean.high, color=look.colour, alpha=0.16, linewidth=0, zorder=1.5
+                )  # fmt: skip
+            handles += axes.plot(
+                mean.x / scale, mean.mean, color=look.colour, linewidth=1.8, label=_short(curve.label), zorder=3,
+                marker=look.marker, markersize=4, markevery=0.12, markeredgewidth=0,
+            )  # fmt: skip
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02, y=0.06)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(label, color=MUTED)
+        figure.text(0.02, 0.955, plot.title, fontsize=10, fontweight="bold", va="center")
+        figure.legend(
+            handles=[*handles, *base], loc="upper left", bbox_to_anchor=(0.005, 0.925), ncols=2, frameon=False,
+            fontsize=7.8, handlelength=2.2, columnspacing=1.4, borderpad=0.2, labelspacing=0.25,
+        )  # fmt: skip
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG file: text stays text, and the same numbers give the same bytes."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    return buffer.getvalue()
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """The figure as a PNG file, without a date or version in it."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def inline(svg_file: str, slots: Sequence[str] = LIGHT) -> str:
+    """The <svg> element for the page: in the page's colours (CSS variables) and font, without ids that would repeat."""
+    element = svg_file[svg_file.index("<svg") :]
+    element = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1), count=1
+    )
+    element = re.sub(r'<g id="[^"]*"', "<g", element)
+    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
+    element = element.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    variables = {colour: f"var(--series-{slot})" for slot, colour in enumerate(slots)}
+    variables |= {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", BASE: "var(--base)", "#ffffff": "none"}
+    for colour, variable in variables.items():
+        element = element.replace(colour, variable)
+    return element
+
+
+def describe(plot: Plot) -> str:
+    """A text alternative that gives the figure's numbers: where each method starts and ends, and the base."""
+    parts = [f"Line chart of {plot.title} against {plot.axis.title.lower()}."]
+    for curve in plot.curves:
+        mean = curve.band
+        if mean is None:
+            parts.append(f"{curve.label}: no finished run, {len(curve.unfinished)} unfinished.")
+            continue
+        limits = f" (95% interval {mean.low[-1]:.3f} to {mean.high[-1]:.3f})" if mean.n > 1 else ""
+        runs = f"mean of {mean.n} runs" if mean.n > 1 else "one run"
+        ends = f"from {mean.mean[0]:.3f} to {mean.mean[-1]:.3f}{limits}"
+        parts.append(f"{curve.label}, {runs}: {ends} at {mean.x[-1]:.3g} {plot.axis.unit}.")
+    parts += [f"Base at guidance {guidance:g}: {score:.3f}." for guidance, score in plot.base]
+    return " ".join(parts)
+
+
+def rows(plot: Plot, where: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The plotted means and bands as tidy rows for the CSV file."""
+    for curve in plot.curves:
+        mean = curve.band
+        if mean is not None:
+            for x, value, low, high in zip(mean.x, mean.mean, mean.low, mean.high, strict=True):
+                yield where | {
+                    "metric": plot.metric, "axis": plot.axis.key, "method": curve.label, "n": mean.n,
+                    "cost": x, "mean": value, "low": low, "high": high,
+                }  # fmt: skip
+
+
+def axes_with_costs(comparisons: Sequence[Comparison]) -> list[Axis]:
+    """The axes along which some evaluation moved."""
+    rows = [row for comparison in comparisons for run in comparison.runs for row in run.evaluations]
+    return [axis for axis in AXES if any(row.costs.get(axis.key, 0.0) > 0 for row in rows)]

@@ -1,0 +1,369 @@
+"""Run directories as the report sees them: typed, sorted, and with every oddity written down instead of dropped."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignbench import records
+from alignbench.errors import AlignbenchError
+from alignbench.report.statistics import Array
+
+BASE, TRAINED = "base", "evaluation"  # the kinds of weights that are compared
+METHOD_PHASES = ("rollout", "training")  # the method's clock; evaluation is apart
+
+
+class NothingToReport(AlignbenchError):
+    """There is no run directory where one was expected."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A cost that a score can be drawn against."""
+
+    key: str
+    title: str
+    unit: str
+
+
+AXES = (
+    Axis("flops", "Compute", "FLOP"),
+    Axis("nfe", "NFE", "denoiser passes"),
+    Axis("images", "Images", "images"),
+    Axis("reward_calls", "Reward calls", "reward calls"),
+    Axis("optimizer_steps", "Optimizer steps", "steps"),
+    Axis("seconds", "Seconds", "s, method's clock"),
+)
+BUDGET_AXES = {axis.key: axis.key for axis in AXES} | {"gpu_seconds": "seconds"}
+
+
+def _numbers(value: object) -> dict[str, float]:
+    """The finite numbers of a mapping (JSON has no NaN, but files can be damaged)."""
+    if not isinstance(value, Mapping):
+        return {}
+    pairs = ((str(k), float(v)) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool))
+    return {key: number for key, number in pairs if math.isfinite(number)}
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping keeps its key."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
+
+
+def show(value: object) -> str:
+    """A configuration value as text: strings as they are, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of evaluations.jsonl; `costs` holds the method's cumulative cost by axis key."""
+
+    fraction: float
+    iteration: int
+    protocol_hash: str
+    weights: str
+    guidance: float
+    metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float]
+    costs: Mapping[str, float]
+    grid: Path | None
+
+
+def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """Cumulative seconds by phase; `total`, the method's clock, leaves evaluation out."""
+    seconds = _numbers(_mapping(row.get("volatile")).get("seconds"))
+    if "total" not in seconds and any(phase in seconds for phase in METHOD_PHASES):
+        seconds["total"] = sum(seconds.get(phase, 0.0) for phase in METHOD_PHASES)
+    return seconds
+
+
+def _evaluation(row: Mapping[str, Any], folder: Path) -> Evaluation:
+    """Raises KeyError, TypeError or ValueError where the row lacks what a comparison needs."""
+    ledger, seconds = _numbers(row.get("ledger")), _seconds(row)
+    costs = {axis.key: ledger[axis.key] for axis in AXES if axis.key in ledger}
+    if "total" in seconds:
+        costs["seconds"] = seconds["total"]
+    return Evaluation(
+        fraction=float(row["fraction"]),
+        iteration=int(row["iteration"]),
+        protocol_hash=str(row["protocol_hash"]),
+        weights=str(row["weights"]),
+        guidance=float(row["guidance"]),
+        metrics=_numbers(row["metrics"]),
+        standard_errors=_numbers(row.get("standard_errors")),
+        costs=costs,
+        grid=folder / str(row["grid"]) if row.get("grid") else None,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run had spent at its last record: counts by name and by phase, seconds by phase, peak memory in MB."""
+
+    total: Mapping[str, float]
+    phases: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    peak_memory_mb: float
+
+
+def _cost(rows: Sequence[Mapping[str, Any]]) -> Cost:
+    def spent(row: Mapping[str, Any]) -> tuple[float, float]:
+        ledger = _mapping(row.get("ledger"))
+        evaluation = _numbers(_mapping(ledger.get("phases")).get("evaluation"))
+        return _numbers(ledger).get("nfe", 0.0), evaluation.get("nfe", 0.0)
+
+    last = max(rows, key=spent, default={})
+    ledger, volatile = _mapping(last.get("ledger")), _mapping(last.get("volatile"))
+    waste = {key: value for key, value in _numbers(volatile).items() if key == "wasted_nfe"}
+    memory = (_numbers(_mapping(row.get("volatile"))).get("memory_mb", math.nan) for row in rows)
+    phases = {str(name): _numbers(counts) for name, counts in _mapping(ledger.get("phases")).items()}
+    peak = max((value for value in memory if not math.isnan(value)), default=math.nan)
+    return Cost(_numbers(ledger) | waste, phases, _seconds(last), peak)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run: the unit of replication."""
+
+    name: str  # its folder, as seen from the folder that was searched
+    folder: Path
+    experiment: str
+    model: str
+    reward: str
+    method: str
+    variant: str
+    seed: int
+    run: Mapping[str, Any]  # run.json
+    config: Mapping[str, Any]  # config.yaml, flattened
+    status: str
+    message: str
+    fraction: float
+    evaluations: tuple[Evaluation, ...]
+    cost: Cost
+    problems: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}@{self.variant}" if self.variant else self.method
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "done"
+
+    @property
+    def curve_hash(self) -> str:
+        return str(self.run.get("protocol_hash") or "")
+
+    @cached_property
+    def final_hash(self) -> str:
+        """The protocol of the published score: the final one where it was run, else the one used during training."""
+        final = str(self.run.get("final_protocol_hash") or "")
+        return final if any(row.protocol_hash == final for row in self.evaluations) else self.curve_hash
+
+    def select(self, protocol_hash: str, weights: str, guidance: float | None = None) -> list[Evaluation]:
+        """Evaluations of one protocol and kind of weights, in the order of the budget."""
+        rows = [row for row in self.evaluations if (row.protocol_hash, row.weights) == (protocol_hash, weights)]
+        rows = [row for row in rows if guidance is None or row.guidance == guidance]
+        return sorted(rows, key=lambda row: row.fraction)
+
+    def guidances(self, protocol_hash: str) -> list[float]:
+        """Every guidance that base or trained weights were scored at under one protocol, ascending."""
+        return sorted({row.guidance for kind in (BASE, TRAINED) for row in self.select(protocol_hash, kind)})
+
+    def base(self, protocol_hash: str, guidance: float) -> Evaluation | None:
+        return next(iter(self.select(protocol_hash, BASE, guidance)), None)
+
+    def final(self, protocol_hash: str, guidance: float) -> Evaluation | None:
+        """The last evaluation at or before the budget, never the best; None unless the run finished."""
+        rows = self.select(protocol_hash, TRAINED, guidance)
+        return rows[-1] if rows and self.finished else None
+
+    @property
+    def curve_guidance(self) -> float:
+        """The guidance of the curves: the first that the protocol names (the others are scored beside it)."""
+        scales = _mapping(self.run.get("protocol")).get("guidance")
+        return float(scales[0]) if isinstance(scales, list) and scales else 1.0
+
+    def curve(self, metric: str, axis: str) -> tuple[Array, Array]:
+        """(cost, score) of base and trained weights over training, each [evaluations], cost ascending."""
+        guidance = self.curve_guidance
+        rows = [row for kind in (BASE, TRAINED) for row in self.select(self.curve_hash, kind, guidance)]
+        points = sorted(
+            (row.costs[axis], row.metrics[metric]) for row in rows if axis in row.costs and metric in row.metrics
+        )
+        x, y = zip(*points, strict=True) if points else ((), ())
+        return np.array(x, dtype=np.float64), np.array(y, dtype=np.float64)
+
+    def budget(self) -> tuple[str, float]:
+        """(axis key, amount) of the budget; the compute spent where no axis of the report limits the run."""
+        for key, amount in _numbers(self.run.get("budget")).items():
+            if key in BUDGET_AXES:
+                return BUDGET_AXES[key], amount
+        return "flops", max((row.costs.get("flops", 0.0) for row in self.evaluations), default=0.0)
+
+    @property
+    def hardware(self) -> str:
+        """What seconds depend on: processor, cores, accelerator, threads, processes."""
+        return show({key: self.run.get(key) for key in ("hardware", "threads", "processes")})
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A run directory that says too little about itself to be compared."""
+
+    name: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of one experiment and model that were trained on one reward."""
+
+    reward: str
+    runs: tuple[TrainingRun, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({run.label for run in self.runs})
+
+    def of(self, label: str) -> list[TrainingRun]:
+        return [run for run in self.runs if run.label == label]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of one experiment and model: what may stand in one table, as far as the protocol allows."""
+
+    experiment: str
+    model: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def runs(self) -> list[TrainingRun]:
+        return [run for comparison in self.comparisons for run in comparison.runs]
+
+    def restricted(self, runs: Iterable[TrainingRun]) -> "Study":
+        """The same study with some of its runs."""
+        kept = {run.name for run in runs}
+        parts = (replace(c, runs=tuple(run for run in c.runs if run.name in kept)) for c in self.comparisons)
+        return replace(self, comparisons=tuple(part for part in parts if part.runs))
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything that was found below the searched folders."""
+
+    runs: tuple[TrainingRun, ...]
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def studies(self) -> list[Study]:
+        studies = []
+        for experiment, model in sorted({(run.experiment, run.model) for run in self.runs}):
+            runs = [run for run in self.runs if (run.experiment, run.model) == (experiment, model)]
+            rewards = sorted({run.reward for run in runs})
+            parts = (Comparison(reward, tuple(run for run in runs if run.reward == reward)) for reward in rewards)
+            studies.append(Study(experiment, model, tuple(parts)))
+        return studies
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({run.label for run in self.runs})
+
+    @property
+    def protocols(self) -> dict[str, Mapping[str, Any]]:
+        """Fields of every protocol by its hash."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for run in self.runs:
+            for prefix in ("", "final_"):
+                if run.run.get(f"{prefix}protocol_hash"):
+                    found[str(run.run[f"{prefix}protocol_hash"])] = _mapping(run.run.get(f"{prefix}protocol"))
+        return found
+
+
+def _training_run(folder: Path, name: str) -> TrainingRun | Unreadable:
+    found = records.read_run(folder)
+    problems = list(found.problems)
+    missing = [key for key in ("experiment", "model", "reward", "method", "seed") if key not in found.run]
+    if missing or not isinstance(found.run["seed"], int):
+        problems.append(f"run.json does not give {', '.join(missing) or 'a whole number as seed'}")
+        return Unreadable(name, tuple(problems))
+    evaluations = []
+    for number, row in enumerate(found.evaluations, start=1):
+        try:
+            evaluations.append(_evaluation(row, folder))
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"evaluations.jsonl: row {number} is left out ({type(error).__name__}: {error})")
+    status = found.status
+    return TrainingRun(
+        name=name,
+        folder=folder,
+        **{key: str(found.run.get(key) or "") for key in ("experiment", "model", "reward", "method", "variant")},
+        seed=found.run["seed"],
+        run=found.run,
+        config=flatten(found.config),
+        status=str(status.get("status", "unknown")),
+        message=str(status.get("message") or ""),
+        fraction=_numbers(status).get("fraction", 0.0),
+        evaluations=tuple(evaluations),
+        cost=_cost([*found.metrics, *found.evaluations]),
+        problems=tuple(problems),
+    )
+
+
+def load(paths: Sequence[Path]) -> Records:
+    """Read every run directory below `paths`.
+
+    A second directory of the same run (experiment, model, reward, method, variant, seed) is not a second replication:
+    it is listed and left out.
+
+    Raises:
+        NothingToReport: a path does not exist, or there is no run directory below any of them.
+    """
+    for path in paths:
+        if not path.is_dir():
+            raise NothingToReport(
+                f"{path} is not a folder; give the results folder of a run or one above it, such as results/"
+            )
+    folders: dict[Path, str] = {}
+    for path in paths:
+        for folder in records.find_runs(path):
+            below = folder.relative_to(path).as_posix()
+            name = folder.as_posix() if len(paths) > 1 or below == "." else below
+            folders.setdefault(folder.resolve(), name)
+    if not folders:
+        where = ", ".join(str(path) for path in paths)
+        raise NothingToReport(
+            f"no run found below {where}: expected a folder with a run.json; start a run with python -m alignbench"
+        )
+    runs: dict[tuple[str, ...], TrainingRun] = {}
+    unreadable = []
+    for folder, name in sorted(folders.items(), key=lambda item: item[1]):
+        run = _training_run(folder, name)
+        if isinstance(run, Unreadable):
+            unreadable.append(run)
+            continue
+        key = (run.experiment, run.model, run.reward, run.label, str(run.seed))
+        if key in runs:
+            unreadable.append(
+                Unreadable(
+                    name, (*run.problems, f"the same run as {runs[key].name}: left out, it is no second replication")
+                )
+            )
+        else:
+            runs[key] = run
+    ordered = sorted(runs.values(), key=lambda run: (run.experiment, run.model, run.reward, run.label, run.seed))
+    return Records(tuple(ordered), tuple(unreadable))

@@ -1,0 +1,240 @@
+"""The report: figures, tables and one self-contained page, written below one folder.
+
+index.html      everything, without any external resource
+figures/        every figure as SVG and PNG
+tables/         every table as CSV and Markdown, every evaluation and every plotted mean as CSV
+files.txt       what this report wrote, so that the next one removes what it no longer writes
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from alignbench.errors import AlignbenchError
+from alignbench.report import curves, gallery, provenance, tables
+from alignbench.report.data import Axis, Comparison, Records, Study, load
+
+PNG_DPI = 160
+
+
+class ReportNotWritten(AlignbenchError):
+    """The report's folder cannot be written."""
+
+
+@dataclass
+class Output:
+    """Files of the report, gathered before any is written."""
+
+    folder: Path
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, content: str | bytes) -> None:
+        self.files[name] = content.encode() if isinstance(content, str) else content
+
+    def write(self) -> None:
+        """Write every file, the page last, and remove files of an earlier report that are no longer written.
+
+        Raises:
+            ReportNotWritten: the folder or a file in it cannot be written.
+        """
+        listing = self.folder / "files.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            earlier = listing.read_text().splitlines() if listing.exists() else []
+            for name in set(earlier) - set(self.files):
+                path = (self.folder / name).resolve()
+                if path.is_relative_to(self.folder.resolve()):
+                    path.unlink(missing_ok=True)
+            listing.write_text("".join(f"{name}\n" for name in sorted(self.files)))
+            for name, content in sorted(self.files.items(), key=lambda item: item[0] == "index.html"):
+                path = self.folder / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+        except OSError as error:
+            raise ReportNotWritten(
+                f"cannot write the report to {self.folder} ({error.strerror}: {error.filename}); "
+                f"give a folder with free space that this user can write to: --output DIR"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric of one comparison: the same figure for every axis."""
+
+    title: str
+    plots: Mapping[str, tuple[Markup, str]]  # axis key -> (SVG element, text alternative)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The step-efficiency figures of one comparison under one protocol."""
+
+    title: str
+    protocol: str
+    panels: tuple[Panel, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sample grids of one comparison."""
+
+    title: str
+    strips: Sequence[gallery.Strip]
+
+
+def _panel_metrics(comparison: Comparison) -> list[tuple[str, str]]:
+    """(metric, title) of the trained reward, GenEval and exact scene; one figure for two that are the same number."""
+    titles = {metric: tables.title_of(metric) for metric in tables.HEADLINE}
+    metrics = list(tables.HEADLINE)
+    rows = [row.metrics for run in comparison.runs for row in run.evaluations]
+    for metric in tables.ALWAYS:
+        if all(row.get(metric) == row.get("reward") for row in rows):
+            metrics.remove(metric)
+            titles["reward"] = f"{titles[metric]} = trained reward"
+            break
+    else:
+        titles["reward"] = f"Trained reward: {comparison.reward}"
+    return [(metric, titles[metric]) for metric in metrics]
+
+
+def _curves(
+    study: Study, records: Records, axes: Sequence[Axis], style: Mapping[str, curves.Style], output: Output
+) -> Iterator[tuple[Curves, list[dict[str, Any]]]]:
+    parts = tables.by_protocol(study, lambda run: run.curve_hash)
+    for key, part in parts:
+        for comparison in part.comparisons:
+            where = {"experiment": study.experiment, "model": study.model, "trained_on": comparison.reward}
+            comparable = tables.same_hardware(comparison.runs)
+            shown = [axis for axis in axes if comparable or axis.key != "seconds"]
+            panels: list[Panel] = []
+            plotted: list[dict[str, Any]] = []
+            for metric, title in _panel_metrics(comparison):
+                plots: dict[str, tuple[Markup, str]] = {}
+                for axis in shown:
+                    parted = key if len(parts) > 1 else ""
+                    name = tables.slug(
+                        "curve", study.experiment, study.model, comparison.reward, metric, axis.key, parted
+                    )
+                    plot = curves.plot(name, title, metric, axis, comparison)
+                    if plot is None:
+                        continue
+                    figure = curves.draw(plot, style)
+                    drawn = curves.svg(figure, name)
+                    output.add(f"figures/{name}.svg", drawn)
+                    output.add(f"figures/{name}.png", curves.png(figure, PNG_DPI))
+                    plots[axis.key] = (Markup(curves.inline(drawn)), curves.describe(plot))
+                    plotted += curves.rows(plot, where | {"protocol_hash": key})
+                if plots:
+                    panels.append(Panel(title, plots))
+            notes = [f"{len(parts)} protocols were used in {study.experiment}: their curves stand apart."] * (
+                len(parts) > 1
+            )
+            if not comparable:
+                notes.append("No figure in seconds: these runs did not share one hardware, thread and process count.")
+            title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
+            protocol = tables.protocol_title(records.protocols, key)
+            yield Curves(title, protocol, tuple(panels), tuple(notes)), plotted
+
+
+def _evaluations(records: Records) -> Iterator[dict[str, Any]]:
+    """Every evaluation of every run as one tidy row."""
+    for run in records.runs:
+        for row in run.evaluations:
+            yield {
+                "run": run.name, "experiment": run.experiment, "model": run.model, "trained_on": run.reward,
+                "method": run.label, "seed": run.seed, "status": run.status, "protocol_hash": row.protocol_hash,
+                "weights": row.weights, "guidance": row.guidance, "fraction": row.fraction, "iteration": row.iteration,
+                **{f"cost_{key}": value for key, value in row.costs.items()}, **dict(sorted(row.metrics.items())),
+            }  # fmt: skip
+
+
+def _summary(records: Records) -> list[str]:
+    """The first lines of the page: what was compared, and whether all of it is here."""
+    finished = sum(run.finished for run in records.runs)
+    total = len(records.runs) + len(records.unreadable)
+    methods = len(records.labels)
+    rewards = len({run.reward for run in records.runs})
+
+    def several(n: int, word: str) -> str:
+        return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+    compared = f"{several(methods, 'method')}, {several(rewards, 'trained reward')}"
+    return [f"{several(total, 'run')}, {finished} finished: {compared}."]
+
+
+def render(records: Records, output: Output) -> str:
+    """The page; figures and tables are added to `output` on the way."""
+    style = curves.styles(records.labels)
+    protocols = records.protocols
+    studies = records.studies
+    axes = curves.axes_with_costs([comparison for study in studies for comparison in study.comparisons])
+    drawn, plotted = [], []
+    for study in studies:
+        for section, rows in _curves(study, records, axes, style, output):
+            drawn.append(section)
+            plotted += rows
+    sections = {
+        "headline": [table for study in studies for table in tables.headline(study, protocols)],
+        "efficiency": [table for study in studies for table in tables.efficiency(study, protocols)],
+        "geneval": [table for study in studies for table in tables.geneval(study, protocols)],
+        "cost": [tables.cost(study) for study in studies],
+        "runs": [provenance.runs(records)],
+        "protocols": [provenance.protocols(records)],
+        "differences": [provenance.differences(study) for study in studies],
+        "settings": [provenance.own_settings(study) for study in studies],
+        "environment": [provenance.environment(records)],
+    }
+    for table in (table for section in sections.values() for table in section):
+        output.add(f"tables/{table.name}.md", tables.markdown(table))
+        output.add(f"tables/{table.name}.csv", tables.csv(table.records))
+    output.add("tables/evaluations.csv", tables.csv(_evaluations(records)))
+    output.add("tables/curves.csv", tables.csv(plotted))
+    samples = [
+        Samples(f"{study.experiment}, {study.model}: trained on {comparison.reward}", gallery.strips(comparison))
+        for study in studies
+        for comparison in study.comparisons
+    ]
+    environment = Environment(
+        loader=PackageLoader("alignbench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.jinja").render(
+        summary=_summary(records),
+        unfinished=sum(not run.finished for run in records.runs) + len(records.unreadable),
+        tables=sections,
+        axes=axes,
+        curves=drawn,
+        samples=[section for section in samples if section.strips],
+        slots={label: look.slot for label, look in style.items()},
+        light=curves.LIGHT,
+        dark=curves.DARK,
+        ink={"ink": curves.INK, "muted": curves.MUTED, "line": curves.LINE, "base": curves.BASE},
+        claim_runs=tables.CLAIM_RUNS,
+    )
+
+
+def build(paths: Sequence[Path], output: Path, say: Callable[[str], None] = print) -> Path:
+    """Read the runs below `paths` and write the report to `output`; returns the path of the page.
+
+    Raises:
+        NothingToReport: no run was found.
+        ReportNotWritten: the output cannot be written.
+    """
+    records = load(paths)
+    say(f"read {len(records.runs)} runs below {', '.join(str(path) for path in paths)}")
+    for broken in records.unreadable:
+        say(f"left out {broken.name}: {'; '.join(broken.problems)}")
+    written = Output(output)
+    written.add("index.html", render(records, written))
+    written.write()
+    figures = sum(name.startswith("figures/") for name in written.files)
+    say(f"wrote {figures} figures to {output / 'figures'}")
+    say(f"wrote {sum(name.startswith('tables/') for name in written.files)} tables to {output / 'tables'}")
+    page = output / "index.html"
+    say(f"report: {page} ({len(written.files['index.html']) / 1e6:.1f} MB)")
+    return page

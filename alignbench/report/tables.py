@@ -1,0 +1,530 @@
+"""The report's tables, each once as cells (page and Markdown) and once as tidy numbers (CSV).
+
+A table never mixes evaluation protocols: runs under another protocol hash get a table of their own, with a note on
+both. Scores are means over finished training runs with 95% Student-t limits; differences to the base are taken run by
+run, under the same protocol and guidance, before they are averaged.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from alignbench.report.data import AXES, Axis, Comparison, Evaluation, Study, TrainingRun, show
+from alignbench.report.statistics import (
+    Interval,
+    mean_over_budget,
+    paired_difference,
+    t_interval,
+    time_to_target,
+    welch_difference,
+)
+
+CLAIM_RUNS = 5  # fewer runs per cell are a preview, not a claim
+SEEN_TAGS = ("single_object", "counting")  # no unseen combinations exist: test prompts are among the training prompts
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+HEADLINE = ("reward", "geneval", "exact_scene")
+BESIDE = (
+    "geneval_strict",
+    "exact_scene",
+    "objects_per_image",
+    "invalid_share",
+    "pickscore",
+    "judge",
+    "diversity",
+    "drift",
+)
+ALWAYS = ("geneval", "exact_scene")  # never one without the other
+TITLES = {
+    "reward": "Trained reward",
+    "geneval": "GenEval (official)",
+    "geneval_strict": "GenEval (strict)",
+    "exact_scene": "Exact scene",
+    "objects_per_image": "Objects an image",
+    "invalid_share": "Invalid share",
+    "pickscore": "PickScore",
+    "judge": "Second judge",
+    "diversity": "Diversity",
+    "drift": "Drift",
+}
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def title_of(metric: str) -> str:
+    """The name of a metric in headings: "geneval/color_attr" -> "color attr"."""
+    return TITLES.get(metric, metric.removeprefix("geneval/").replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; `note` is a short label under it, such as "seen"."""
+
+    title: str
+    note: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as text; `detail` is its uncertainty, `flag` marks what a reader must not overlook."""
+
+    text: str
+    detail: str = ""
+    bold: bool = False
+    flag: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells of one line; `label` is the method whose colour it carries, `base` marks the untrained model."""
+
+    cells: tuple[Cell, ...]
+    label: str = ""
+    base: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows below one subheading (may be empty)."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table. `records` are its numbers, one dict a row, as they stand in the CSV file."""
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...] = ()
+    records: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub Markdown; pipes, line breaks and angle brackets of names are escaped."""
+
+    def clean(text: str) -> str:
+        for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), (">", "&gt;"), ("\r", " "), ("\n", " ")):
+            text = text.replace(plain, escaped)
+        return text
+
+    def cell(value: Cell) -> str:
+        text = clean(f"{value.text} {value.detail}".strip())
+        return f"**{text}**" if value.bold and text else text
+
+    headings = [clean(f"{column.title} ({column.note})" if column.note else column.title) for column in table.columns]
+    lines = [f"### {clean(table.title)}", "", f"| {' | '.join(headings)} |"]
+    lines.append(f"| {' | '.join('---:' if column.numeric else '---' for column in table.columns)} |")
+    for group in table.groups:
+        if group.title:
+            lines.append(f"| *{clean(group.title)}* |" + " |" * (len(table.columns) - 1))
+        lines += [f"| {' | '.join(cell(value) for value in row.cells)} |" for row in group.rows]
+    lines += ["", *(f"* {clean(note)}" for note in table.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """Tidy numbers as CSV at full precision; empty where there is no value."""
+    return pd.DataFrame(list(records)).to_csv(index=False, lineterminator="\n")
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Three decimals up to 100, less above; a dash for NaN; a real minus sign."""
+    if math.isnan(value):
+        return DASH
+    decimals = 3 if abs(value) < 100 else 1
+    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """1234567 -> "1,234,567"; NaN -> a dash."""
+    return DASH if math.isnan(value) else f"{value:,.0f}"
+
+
+def flops(value: float) -> str:
+    """1.23e13 -> "12.3 T"."""
+    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= scale:
+            return f"{value / scale:.3g} {letter}"
+    return count(value)
+
+
+def interval_cell(interval: Interval, signed: bool = False, bold: bool = False) -> Cell:
+    """ "0.452" with "± 0.021" below it, or the value alone where one run gives no interval."""
+    detail = "" if math.isnan(interval.half_width) else f"± {number(interval.half_width)}"
+    return Cell(number(interval.mean, signed), detail, bold)
+
+
+def runs_cell(n: int) -> Cell:
+    """How many runs stand behind a row, and what that allows."""
+    if n < 2:
+        return Cell(str(n), "no interval")
+    return Cell(str(n), "preview" if n < CLAIM_RUNS else "")
+
+
+def passes(protocol: Mapping[str, Any], guidance: float) -> str:
+    """Denoiser passes an image under a protocol: guidance above 1 takes two a step."""
+    steps = protocol.get("steps")
+    return str(steps * (2 if guidance > 1 else 1)) if isinstance(steps, int) else DASH
+
+
+def by_protocol(study: Study, hash_of: Callable[[TrainingRun], str]) -> list[tuple[str, Study]]:
+    """The study once per protocol hash, each with the runs that used it."""
+    hashes = sorted({hash_of(run) for run in study.runs})
+    return [(key, study.restricted(run for run in study.runs if hash_of(run) == key)) for key in hashes]
+
+
+def protocol_title(protocols: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    """ "final (3f2a...)": name and hash as they stand beside every number."""
+    return f"{protocols.get(key, {}).get('name', 'unnamed')} {key}".strip() if key else "not recorded"
+
+
+def slug(*parts: str) -> str:
+    """A file name of several parts; what a file system or an address would stumble over becomes a hyphen."""
+    return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts if part)
+
+
+def _mixed_note(protocols: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:
+    if len(keys) < 2:
+        return ()
+    listed = ", ".join(protocol_title(protocols, key) for key in keys)
+    return (
+        f"Runs here were scored under {len(keys)} protocols ({listed}): one table each. Do not compare across them.",
+    )
+
+
+def _scores(rows: Sequence[Evaluation], metric: str) -> list[float]:
+    return [row.metrics[metric] for row in rows if metric in row.metrics]
+
+
+def _present(study: Study, key: str, metric: str) -> bool:
+    return any(metric in row.metrics for run in study.runs for row in run.evaluations if row.protocol_hash == key)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row's evaluations: the base of a comparison, or the final weights of a method, at one guidance."""
+
+    comparison: Comparison
+    label: str  # "" for the base
+    guidance: float
+    runs: tuple[TrainingRun, ...]
+    rows: tuple[Evaluation, ...]
+
+    def values(self, metric: str) -> list[float]:
+        return _scores(self.rows, metric)
+
+    def difference(self, key: str, metric: str) -> Interval:
+        """To the base of the same run, protocol and guidance."""
+        pairs = []
+        for run, row in zip(self.runs, self.rows, strict=True):
+            base = run.base(key, self.guidance)
+            if base is not None and metric in base.metrics and metric in row.metrics:
+                pairs.append((row.metrics[metric], base.metrics[metric]))
+        values = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        return paired_difference(values[:, 0], values[:, 1])
+
+
+def entries(comparison: Comparison, key: str) -> list[Entry]:
+    """Base rows first, then every method, each at every guidance it was scored at."""
+    guidances = sorted({guidance for run in comparison.runs for guidance in run.guidances(key)})
+    found = []
+    for label in ("", *comparison.labels):
+        for guidance in guidances:
+            runs = comparison.of(label) if label else comparison.runs
+            scored = [(run, run.final(key, guidance) if label else run.base(key, guidance)) for run in runs]
+            kept = [(run, row) for run, row in scored if row is not None]
+            if kept:
+                found.append(Entry(comparison, label, guidance, tuple(r for r, _ in kept), tuple(e for _, e in kept)))
+    return found
+
+
+def _base_cell(entry: Entry, metric: str) -> Cell:
+    values = entry.values(metric)
+    if not values:
+        return Cell(DASH)
+    errors = [row.standard_errors[metric] for row in entry.rows if metric in row.standard_errors]
+    return Cell(number(float(np.mean(values))), f"se {number(float(np.mean(errors)))}" if errors else "")
+
+
+def best(entry: Entry, others: Sequence[Entry], metric: str) -> bool:
+    """Whether an entry is better than every other method at its guidance and than the base at every guidance.
+
+    Both by intervals: Welch's for two methods, Student's for a method against the base. Higher is better.
+    """
+    values = entry.values(metric)
+    rivals = [e.values(metric) for e in others if e.label not in ("", entry.label) and e.guidance == entry.guidance]
+    bases = [float(np.mean(e.values(metric))) for e in others if not e.label and e.values(metric)]
+    if not values or not rivals or not bases or not all(rivals):
+        return False
+    beats_methods = all(welch_difference(values, rival).above(0) for rival in rivals)
+    return beats_methods and all(t_interval(values).above(base) for base in bases)
+
+
+def _base_disagreement(found: Sequence[Entry]) -> tuple[str, ...]:
+    """The base is scored on the same prompts and noise in every run, so its scores should agree to the last digits."""
+    spreads = [np.ptp(e.values(metric)) for e in found if not e.label for metric in ALWAYS if e.values(metric)]
+    worst = float(max(spreads, default=0.0))
+    return (
+        (f"The base model's scores differ between runs by up to {worst:.2g}: they should agree.",)
+        if worst > 1e-6
+        else ()
+    )
+
+
+def _tidy(entry: Entry, where: Mapping[str, Any], key: str, metric: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    interval = t_interval(entry.values(metric))
+    if not entry.label:  # one model, scored once a run: no spread over seeds
+        interval = Interval(interval.mean, math.nan, math.nan, interval.n)
+    row = dict(where) | {
+        "trained_on": entry.comparison.reward,
+        "method": entry.label or "base",
+        "guidance": entry.guidance,
+    }
+    row |= {"nfe_per_image": passes(protocol, entry.guidance), "protocol_hash": key, "metric": metric, "n": interval.n}
+    row |= {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    if entry.label:
+        difference = entry.difference(key, metric)
+        row |= {"difference": difference.mean, "difference_low": difference.low, "difference_high": difference.high}
+    return row
+
+
+def _identity(entry: Entry, protocol: Mapping[str, Any]) -> tuple[Cell, ...]:
+    return Cell(entry.label or "base"), Cell(f"{entry.guidance:g}"), Cell(passes(protocol, entry.guidance))
+
+
+IDENTITY = (Column("Method", numeric=False), Column("Guidance"), Column("NFE", "an image"))
+
+
+def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Method x trained reward: final scores and their differences to the base, GenEval beside exact scene."""
+    tables = []
+    parts = by_protocol(study, lambda run: run.final_hash)
+    for key, part in parts:
+        protocol, groups, tidy, disagreement = protocols.get(key, {}), [], [], set[str]()
+        where = {"experiment": study.experiment, "model": study.model}
+        for comparison in part.comparisons:
+            found = entries(comparison, key)
+            disagreement |= set(_base_disagreement(found))
+            rows = []
+            for entry in found:
+                cells = [*_identity(entry, protocol)]
+                for metric in HEADLINE:
+                    if not entry.label:
+                        cells += [_base_cell(entry, metric), Cell("")]
+                        continue
+                    difference = entry.difference(key, metric)
+                    values = entry.values(metric)
+                    score = interval_cell(t_interval(values), bold=best(entry, found, metric)) if values else Cell(DASH)
+                    moved = difference.above(0) or difference.below(0)
+                    cells += [score, interval_cell(difference, signed=True, bold=moved) if difference.n else Cell(DASH)]
+                cells.append(runs_cell(len(entry.rows)) if entry.label else Cell(""))
+                rows.append(Row(tuple(cells), entry.label, not entry.label))
+                tidy += [_tidy(entry, where, key, metric, protocol) for metric in HEADLINE if entry.values(metric)]
+            rows += [
+                Row((Cell(label), *[Cell("")] * 8, Cell("0", "none finished", flag=True)), label)
+                for label in comparison.labels
+                if label not in {entry.label for entry in found}
+            ]
+            groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
+        columns = [*IDENTITY]
+        for metric in HEADLINE:
+            columns += [Column(title_of(metric)), Column(f"{MINUS} base", "same guidance")]
+        notes = _mixed_note(protocols, [other for other, _ in parts])
+        notes += (*sorted(disagreement), *_budget_note(part))
+        title = f"{study.experiment}, {study.model}: final scores under protocol {protocol_title(protocols, key)}"
+        name = slug("headline", study.experiment, study.model, key)
+        tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
+    return tables
+
+
+def _budget_note(study: Study) -> tuple[str, ...]:
+    budgets = sorted({show(run.run.get("budget")) for run in study.runs})
+    if len(budgets) < 2:
+        return ()
+    return (f"These runs had different budgets ({'; '.join(budgets)}): their final scores are not matched.",)
+
+
+def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """GenEval by tag with base rows first, and beside it what GenEval does not punish."""
+    tables = []
+    parts = by_protocol(study, lambda run: run.final_hash)
+    for key, part in parts:
+        protocol, groups, tidy = protocols.get(key, {}), [], []
+        where = {"experiment": study.experiment, "model": study.model}
+        tags = [f"geneval/{tag}" for tag in TAGS]
+        wanted = ["geneval", *tags, *BESIDE]
+        metrics = [metric for metric in wanted if metric in ALWAYS or _present(part, key, metric)]
+        for comparison in part.comparisons:
+            found, rows = entries(comparison, key), []
+            for entry in found:
+                cells = [*_identity(entry, protocol)]
+                for metric in metrics:
+                    values = entry.values(metric)
+                    if not entry.label or not values:
+                        cells.append(_base_cell(entry, metric))
+                    else:
+                        cells.append(interval_cell(t_interval(values)))
+                tidy += [_tidy(entry, where, key, metric, protocol) for metric in metrics if entry.values(metric)]
+                rows.append(
+                    Row((*cells, runs_cell(len(entry.rows)) if entry.label else Cell("")), entry.label, not entry.label)
+                )
+            groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
+        seen = {f"geneval/{tag}" for tag in SEEN_TAGS}
+        columns = [Column(title_of(metric), "seen" if metric in seen else "") for metric in metrics]
+        notes = _mixed_note(protocols, [other for other, _ in parts])
+        title = f"{study.experiment}, {study.model}: GenEval by tag under protocol {protocol_title(protocols, key)}"
+        name = slug("geneval", study.experiment, study.model, key)
+        tables.append(Table(name, title, (*IDENTITY, *columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
+    return tables
+
+
+def _axis(key: str) -> Axis:
+    return next(axis for axis in AXES if axis.key == key)
+
+
+def _cost_text(axis: Axis, value: float) -> str:
+    if axis.key == "flops":
+        text = flops(value)
+        return f"{text}{axis.unit}" if text[-1].isalpha() else f"{text} {axis.unit}"
+    return count(value)
+
+
+def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Area under each run's curve over the budget, and the cost of reaching the targets stated before the run."""
+    tables = []
+    parts = by_protocol(study, lambda run: run.curve_hash)
+    for key, part in parts:
+        groups, tidy = [], []
+        targets = sorted({target for run in part.runs for target in _targets(run).items()})
+        for comparison in part.comparisons:
+            rows = []
+            for label in comparison.labels:
+                runs = [run for run in comparison.of(label) if run.finished]
+                record: dict[str, Any] = {"experiment": study.experiment, "model": study.model}
+                record |= {"trained_on": comparison.reward, "method": label, "protocol_hash": key, "n": len(runs)}
+                cells = [Cell(label)]
+                for metric in HEADLINE:
+                    cell, numbers = _area(runs, metric)
+                    cells.append(cell)
+                    record |= numbers
+                for metric, target in targets:
+                    reached, cell, numbers = _reaching(runs, metric, target)
+                    cells += [reached, cell]
+                    record |= numbers
+                rows.append(Row((*cells, runs_cell(len(runs))), label))
+                tidy.append(record)
+            groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
+        columns = [Column("Method", numeric=False)]
+        columns += [Column(title_of(metric), "mean over budget") for metric in HEADLINE]
+        for metric, target in targets:
+            goal = f"{title_of(metric)} ≥ {target:g}"
+            columns += [Column(goal, "reached"), Column(goal, "mean cost, misses at budget")]
+        title = f"{study.experiment}, {study.model}: over training, under protocol {protocol_title(protocols, key)}"
+        notes = _mixed_note(protocols, [other for other, _ in parts])
+        name = slug("efficiency", study.experiment, study.model, key)
+        tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
+    return tables
+
+
+def _targets(run: TrainingRun) -> dict[str, float]:
+    targets = run.run.get("targets")
+    items = targets.items() if isinstance(targets, Mapping) else ()
+    return {str(metric): float(value) for metric, value in items if isinstance(value, int | float)}
+
+
+def _area(runs: Sequence[TrainingRun], metric: str) -> tuple[Cell, dict[str, Any]]:
+    areas = []
+    for run in runs:
+        axis, budget = run.budget()
+        x, y = run.curve(metric, axis)
+        if len(x) > 1:
+            areas.append(mean_over_budget(x, y, budget))
+    if not areas:
+        return Cell(DASH), {}
+    area = t_interval(areas)
+    numbers = {"mean": area.mean, "low": area.low, "high": area.high}
+    return interval_cell(area), {f"{metric}_over_budget_{name}": value for name, value in numbers.items()}
+
+
+def _reaching(runs: Sequence[TrainingRun], metric: str, target: float) -> tuple[Cell, Cell, dict[str, Any]]:
+    """k/n runs that reached the target, and the mean of min(cost, budget): the restricted mean time to target."""
+    times, axes = [], set()
+    for run in runs:
+        key, budget = run.budget()
+        x, y = run.curve(metric, key)
+        if len(x) > 1:
+            times.append(time_to_target(x, y, target, budget))
+            axes.add(key)
+    if not times or len(axes) > 1:
+        return Cell(DASH), Cell(DASH), {}
+    axis = _axis(axes.pop())
+    hits = sum(time.reached for time in times)
+    cost = t_interval([time.time for time in times])
+    detail = "" if math.isnan(cost.half_width) else f"± {_cost_text(axis, cost.half_width)}"
+    text = Cell(_cost_text(axis, cost.mean), detail) if hits else Cell("not reached")
+    goal = f"{metric}_{target:g}"
+    numbers = {"reached": hits, "axis": axis.key, "mean": cost.mean, "low": cost.low, "high": cost.high}
+    return Cell(f"{hits}/{len(times)}"), text, {f"{goal}_{name}": value for name, value in numbers.items()}
+
+
+COSTS = (
+    ("flops", "FLOP", flops), ("nfe", "NFE", count), ("backward", "Backward", count), ("images", "Images", count),
+    ("reward_calls", "Reward calls", count), ("optimizer_steps", "Optimizer steps", count),
+    ("wasted_nfe", "Wasted NFE", count),
+)  # fmt: skip
+COST_PHASES = ("rollout", "training", "evaluation")
+CLOCKS = ("rollout", "reward", "training", "evaluation", "total")
+
+
+def same_hardware(runs: Iterable[TrainingRun]) -> bool:
+    """Whether seconds of these runs may stand side by side."""
+    return len({run.hardware for run in runs}) <= 1
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(np.mean(found)) if found else math.nan
+
+
+def cost(study: Study) -> Table:
+    """Mean over finished runs of what each method spent; evaluation has clocks of its own and is not in the totals."""
+    comparable, groups, tidy = same_hardware(study.runs), [], []
+    for comparison in study.comparisons:
+        rows = []
+        for label in comparison.labels:
+            costs = [run.cost for run in comparison.of(label) if run.finished]
+            record: dict[str, Any] = {"experiment": study.experiment, "model": study.model}
+            record |= {"trained_on": comparison.reward, "method": label, "n": len(costs)}
+            cells = [Cell(label)]
+            for key, _, text in COSTS:
+                record[key] = _mean(c.total[key] for c in costs if key in c.total)
+                cells.append(Cell(text(record[key])))
+            for phase in COST_PHASES:
+                flop = _mean(c.phases[phase]["flops"] for c in costs if "flops" in c.phases.get(phase, {}))
+                record[f"flops_{phase}"] = flop
+                cells.append(Cell(DASH if math.isnan(flop) else flops(flop)))
+            for clock in CLOCKS if comparable else ():
+                record[f"seconds_{clock}"] = _mean(c.seconds[clock] for c in costs if clock in c.seconds)
+                cells.append(Cell(count(record[f"seconds_{clock}"])))
+            record["peak_memory_mb"] = _mean(c.peak_memory_mb for c in costs if not math.isnan(c.peak_memory_mb))
+            cells.append(Cell(count(record["peak_memory_mb"])))
+            rows.append(Row((*cells, Cell(str(len(costs)))), label))
+            tidy.append(record)
+        groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
+    columns = [Column("Method", numeric=False), *(Column(title) for _, title, _ in COSTS)]
+    columns += [Column("FLOP", phase) for phase in COST_PHASES]
+    columns += [Column("Seconds", "method's clock" if clock == "total" else clock) for clock in CLOCKS if comparable]
+    columns += [Column("Peak memory", "MB"), Column("Runs")]
+    notes = ("Seconds of reward calls are part of the phase that made them.",)
+    if not comparable:
+        notes = ("Seconds are left out: these runs did not share one hardware, thread and process count.",)
+    title = f"{study.experiment}, {study.model}: mean cost of a run"
+    return Table(slug("cost", study.experiment, study.model), title, tuple(columns), tuple(groups), notes, tuple(tidy))

@@ -1,0 +1,1 @@
+"""Detectors that turn images into the ``Found`` of the rules; ``shapes`` is the one of the embedded world."""

@@ -1,0 +1,84 @@
+"""What every reward offers: named scores for a batch of images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from alignbench.errors import ConfigError, RewardError
+from alignbench.prompts.prompt import Prompt
+
+
+class Reward(ABC):
+    """Scores images against their prompts; never sees a method.
+
+    Attributes:
+        name: how tables and records call it.
+        differentiable: whether ``score`` passes gradients to the images.
+    """
+
+    name: str
+    differentiable: bool = False
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Score images.
+
+        Args:
+            images: float32 ``[batch, 3, height, width]`` in [0, 1].
+            prompts: one record per image.
+
+        Returns:
+            Named float32 tensors of shape ``[batch]`` on the raw scale, the key ``reward`` first.
+        """
+
+
+class WeightedSum(Reward):
+    """A weighted sum of rewards; every part is reported under its own name.
+
+    Weights are non-negative and at least one is positive. A part with weight 0 is not computed.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Reward, float]]) -> None:
+        for name, (_, weight) in parts.items():
+            if weight < 0:
+                raise ConfigError(
+                    f"reward.{name}.weight is {weight}: weights must be 0 or more; "
+                    "to punish a score, define a reward that falls with it"
+                )
+        self.parts = {name: part for name, part in parts.items() if part[1] > 0}
+        if not self.parts:
+            raise ConfigError("every reward has weight 0: give at least one of them a positive weight")
+        self.name = "+".join(self.parts)
+        self.differentiable = all(reward.differentiable for reward, _ in self.parts.values())
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        total = torch.zeros(len(prompts), device=images.device)
+        scores: dict[str, Tensor] = {}
+        for name, (reward, weight) in self.parts.items():
+            part = reward.score(images, prompts)
+            total = total + weight * part["reward"]
+            scores |= {f"{name}/{key}": value for key, value in part.items()}
+        return {"reward": total} | scores
+
+
+def check_finite(scores: Mapping[str, Tensor], prompts: Sequence[Prompt], images: Sequence[str]) -> None:
+    """Refuse a reward that is NaN or infinite.
+
+    Args:
+        scores: what a reward returned.
+        prompts: one record per image.
+        images: a name per image for the message.
+
+    Raises:
+        RewardError: names the score, the image and its prompt.
+    """
+    for name, values in scores.items():
+        bad = (~torch.isfinite(values.detach())).nonzero().flatten().tolist()
+        if bad:
+            first = bad[0]
+            raise RewardError(
+                f"{name} is {values[first].item()} for image {images[first]} of prompt {prompts[first].id} "
+                f"({prompts[first].text!r}); {len(bad)} of {len(values)} values of this batch are not finite"
+            )

@@ -1,0 +1,183 @@
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from alignbench.report.__main__ import main
+from alignbench.report.data import AXES
+from alignbench.report.page import build
+from tests.report.synthetic import write_run
+
+ATTACK = "<script>alert('x')</script>"
+
+
+class Page(HTMLParser):
+    """Elements, and what a reader without images or a mouse needs of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    for method in ("diffusion_nft", "flow_grpo"):
+        for seed in range(2):
+            write_run(root, method, "geneval", seed, grids=seed == 0)
+    write_run(
+        root, "flow_grpo", "geneval", 8, variant=f"a={ATTACK}", status="failed", message=f"died of {ATTACK}", until=0.3,
+        config={"note": ATTACK}, run={"git": {"commit": ATTACK, "dirty": True}},
+    )  # fmt: skip
+    said: list[str] = []
+    page = build([root], root / "report", said.append)
+    assert said[-1].startswith(f"report: {page}")
+    return root / "report"
+
+
+def test_every_figure_and_table_is_a_file(report: Path) -> None:
+    for metric in ("reward", "geneval", "exact_scene"):
+        for axis in AXES:
+            for kind in ("svg", "png"):
+                assert (report / f"figures/curve_first_shapes_geneval_{metric}_{axis.key}.{kind}").stat().st_size > 1000
+    tables = {path.name.split("_")[0].split(".")[0] for path in (report / "tables").iterdir()}
+    assert {"headline", "geneval", "efficiency", "cost", "runs", "protocols", "differences", "settings"} <= tables
+    assert {"environment", "evaluations", "curves"} <= tables
+    assert sorted((report / "files.txt").read_text().split()) == sorted(
+        path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file() and path.name != "files.txt"
+    )
+
+
+def test_names_and_messages_are_escaped(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    assert ATTACK not in text
+    assert "died of &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in text
+    assert text.count("<script>") == 1  # the page's own
+    for path in report.rglob("*.md"):
+        assert "<script>" not in path.read_text()
+
+
+def test_the_page_needs_nothing_from_outside(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", text)
+
+
+def test_every_figure_has_a_text_alternative(report: Path) -> None:
+    page = Page((report / "index.html").read_text())
+    images = page.all("img")
+    assert images
+    assert all(attributes["alt"] for attributes in images)
+    figures = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
+    assert len(figures) == 3 * len(AXES)
+    assert all("Line chart" in str(attributes["aria-label"]) for attributes in figures)
+    assert all(attributes.get("aria-hidden") == "true" for attributes in page.all("svg"))
+
+
+def test_one_axis_is_shown_and_the_switch_offers_all(report: Path) -> None:
+    page = Page((report / "index.html").read_text())
+    choices = [attributes for attributes in page.all("input") if attributes.get("name") == "axis"]
+    assert [choice["value"] for choice in choices] == [axis.key for axis in AXES]
+    assert [choice["value"] for choice in choices if "checked" in choice] == ["flops"]
+    shown = {str(a["data-axis"]) for _, a in page.elements if "data-axis" in a and "hidden" not in a}
+    assert shown == {"flops"}
+
+
+def test_ids_are_unique_and_links_lead_somewhere(report: Path) -> None:
+    page = Page((report / "index.html").read_text())
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {str(attributes["href"])[1:] for attributes in page.all("a")}
+    assert targets <= set(ids)
+
+
+def test_plotted_means_are_in_the_csv(report: Path) -> None:
+    frame = pd.read_csv(report / "tables/curves.csv")
+    end = frame.query("metric == 'geneval' and axis == 'nfe' and method == 'diffusion_nft'").iloc[-1]
+    assert (end["cost"], end["n"]) == (240_000, 2)
+    assert end["mean"] == pytest.approx(0.30 + 0.245)  # seeds 0 and 1: gains 0.24 and 0.25
+    evaluations = pd.read_csv(report / "tables/evaluations.csv")
+    assert evaluations.groupby("run").size().max() == 20
+
+
+def test_the_same_records_give_the_same_files(tmp_path: Path) -> None:
+    write_run(tmp_path / "results")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        build([tmp_path / "results"], folder, lambda _: None)
+    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
+    assert one == two
+
+
+def test_files_of_an_earlier_report_do_not_stay_and_others_do(tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    write_run(tmp_path / "old", experiment="old", status="running", until=0.1, grids=False)
+    build([tmp_path / "old"], output, lambda _: None)
+    (output / "figures" / "mine.png").write_bytes(b"mine")
+    write_run(tmp_path / "new", experiment="new", status="running", until=0.0, grids=False)
+    build([tmp_path / "new"], output, lambda _: None)
+    assert [path.name for path in (output / "figures").iterdir()] == ["mine.png"]
+    assert not list((output / "tables").glob("*old*"))
+
+
+def test_runs_without_a_single_evaluation_still_make_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, status="failed", message="no prompts", until=0.0, grids=False)
+    (folder / "evaluations.jsonl").unlink()
+    (folder / "metrics.jsonl").unlink()
+    page = build([tmp_path], tmp_path / "report", lambda _: None)
+    assert "no prompts" in page.read_text()
+
+
+def test_seconds_are_not_drawn_over_different_hardware(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0, grids=False)
+    write_run(tmp_path, seed=1, grids=False, run={"processes": 2})
+    page = build([tmp_path], tmp_path / "report", lambda _: None)
+    assert not list((tmp_path / "report/figures").glob("*_seconds*"))
+    assert "No figure in seconds" in page.read_text()
+
+
+def test_exit_status_and_message_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--output", str(tmp_path / "report")]) == 1
+    assert f"error: no run found below {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_exit_status_and_message_for_an_output_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "results", status="running", until=0.0, grids=False)
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "results"), "--output", str(tmp_path / "file" / "report")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: cannot write the report to {tmp_path / 'file' / 'report'}")
+    assert "--output" in message
+
+
+def test_progress_ends_on_the_path_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "results", status="running", until=0.0, grids=False)
+    assert main([str(tmp_path / "results"), "--output", str(tmp_path / "report")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"read 1 runs below {tmp_path / 'results'}"
+    assert lines[-1].startswith(f"report: {tmp_path / 'report' / 'index.html'} (")
+
+
+def test_importing_the_report_imports_no_torch_and_only_records_of_the_package() -> None:
+    code = "import sys, alignbench.report.page, alignbench.report.__main__; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "hydra"} & set(modules)
+    own = {name for name in modules if name.startswith("alignbench.") and not name.startswith("alignbench.report")}
+    assert own == {"alignbench.errors", "alignbench.records"}

@@ -1,0 +1,112 @@
+"""The path and its grids, against the equations in float64, diffusers' scheduler and the path's own algebra."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alignbench.errors import ConfigError
+from alignbench.sampling.flow import FlowPath, mean_per_sample, pipeline_grid, shifted_linspace
+
+PATH = FlowPath()
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # nothing here may depend on speed
+
+
+def latents(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(3, 2, 4, 4, generator=generator, dtype=dtype)
+    noise = torch.randn(3, 2, 4, 4, generator=generator, dtype=dtype)
+    return x0, noise, torch.tensor([0.1, 0.5, 0.93], dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_path_follows_the_equations(dtype: torch.dtype, tolerance: float) -> None:
+    x0, noise, t = latents(0, dtype)
+    a, e, s = x0.double().numpy(), noise.double().numpy(), t.double().numpy()[:, None, None, None]
+    x_t = PATH.interpolate(x0, noise, t)
+    v = PATH.target(x0, noise)
+    assert x_t.dtype == dtype
+    np.testing.assert_allclose(x_t.numpy(), (1 - s) * a + s * e, atol=tolerance)
+    np.testing.assert_allclose(v.numpy(), e - a, atol=tolerance)
+    np.testing.assert_allclose(PATH.clean(x_t, v, t).numpy(), a, atol=tolerance)
+    np.testing.assert_allclose(PATH.noise(x_t, v, t).numpy(), e, atol=tolerance)
+
+
+def test_epsilon_and_velocity_are_inverse_for_any_prediction() -> None:
+    x_t, v, t = latents(1)  # two unrelated tensors: a wrong prediction has to survive the round trip too
+    torch.testing.assert_close(PATH.velocity(x_t, PATH.noise(x_t, v, t), t), v, rtol=0, atol=1e-13)
+
+
+def test_target_is_the_time_derivative_of_the_path() -> None:
+    x0, noise, t = latents(2)
+    difference = (PATH.interpolate(x0, noise, t + 1e-3) - PATH.interpolate(x0, noise, t - 1e-3)) / 2e-3
+    torch.testing.assert_close(difference, PATH.target(x0, noise), rtol=0, atol=1e-11)
+
+
+def test_one_time_for_the_batch_equals_the_same_time_for_every_sample() -> None:
+    x0, noise, _ = latents(3)
+    one, each = torch.tensor(0.3, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
+    assert torch.equal(PATH.interpolate(x0, noise, one), PATH.interpolate(x0, noise, each))
+
+
+def test_model_time_is_not_truncated() -> None:
+    assert PATH.model_time(torch.tensor([0.96005, 1.0])).tolist() == pytest.approx([960.05, 1000.0], rel=1e-7)
+
+
+def test_mean_per_sample_is_over_every_axis_but_the_batch() -> None:
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    assert mean_per_sample(x).tolist() == [2.5, 8.5]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_pipeline_grid_equals_the_scheduler(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    for steps in range(2, 51):
+        scheduler.set_timesteps(steps)
+        grid = pipeline_grid(steps, shift=shift)
+        assert torch.equal(grid, scheduler.sigmas)
+        assert torch.equal(PATH.model_time(grid[:-1]), scheduler.timesteps)
+
+
+def test_pipeline_grid_equals_the_scheduler_with_dynamic_shift() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    for steps in range(2, 51):
+        scheduler.set_timesteps(steps, mu=0.65)
+        assert torch.equal(pipeline_grid(steps, shift=3.0, mu=0.65), scheduler.sigmas)
+
+
+def test_pipeline_grid_is_shifted_twice() -> None:
+    points = np.linspace(1, 3 * 0.001 / (1 + 2 * 0.001), 10)
+    np.testing.assert_allclose(pipeline_grid(10, shift=3.0)[:-1].numpy(), 3 * points / (1 + 2 * points), rtol=1e-6)
+
+
+@UNTIMED
+@given(steps=st.integers(2, 60), shift=st.floats(0.2, 12))
+def test_grids_decrease_from_noise_to_the_image(steps: int, shift: float) -> None:
+    for grid in (pipeline_grid(steps, shift=shift), shifted_linspace(steps, shift)):
+        assert grid.shape == (steps + 1,)
+        assert grid.dtype == torch.float32
+        assert grid[0] == 1
+        assert grid[-1] == 0
+        assert (grid.diff() < 0).all()
+
+
+@UNTIMED
+@given(steps=st.integers(2, 60), shift=st.floats(0.2, 12))
+def test_shifting_back_gives_even_steps(steps: int, shift: float) -> None:
+    s = shifted_linspace(steps, shift).double().numpy()
+    even = s / (shift - (shift - 1) * s)  # the inverse of the shift
+    np.testing.assert_allclose(even, np.arange(steps, -1, -1) / steps, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 0, -3])
+def test_fewer_than_two_steps_say_what_works(steps: int) -> None:
+    with pytest.raises(ConfigError, match=rf"at least 2 sampling steps, got {steps}\..* Use 2 or more"):
+        pipeline_grid(steps, shift=3.0)
+    with pytest.raises(ConfigError, match="Use 2 or more"):
+        shifted_linspace(steps, 3.0)

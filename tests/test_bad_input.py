@@ -1,0 +1,179 @@
+"""What a user gets wrong, and the sentence that says so; always before work is spent."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignbench import records
+from alignbench.errors import (
+    AlignbenchError,
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RecordError,
+    RewardError,
+)
+from alignbench.run import run
+from tests.conftest import Compose
+
+STEP = "tests.stand_ins"
+
+
+def command(*arguments: str) -> str:
+    """Standard error of a failing `python -m alignbench`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "alignbench", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.algorithm.betta=1", "unknown setting 'method.algorithm.betta'. Did you mean 'method.algorithm.beta'?"),
+        ("bugdet.flops=1", "Did you mean 'budget.flops'?"),
+        ("method=difusion_nft", "unknown method 'difusion_nft'. Did you mean 'diffusion_nft'? Known: diffusion_nft"),
+        ("reward=genevall", "unknown reward 'genevall'. Did you mean 'geneval'?"),
+    ],
+)
+def test_unknown_names_come_with_the_nearest_known_one(override: str, message: str) -> None:
+    assert message in command("--cfg", "job", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["method.batch.images=0"], ConfigError, "method.batch.images is 0: it must be 1 or more"),
+        (["method.batch.updates=3"], ConfigError, "8 images cannot be split into 3 equal updates"),
+        (["method.batch.prompts=5"], ConfigError, "needs 5 distinct prompts but the set has 4"),
+        (["method.rollout.steps=1"], ConfigError, "rollout steps is 1: at least 2"),
+        (["method.rollout.solver=heun"], ConfigError, "choose one of euler, ddim, dpm1, dpm2"),
+        (["method.rollout.guidance=0.5"], ConfigError, "guidance is 0.5: 1 means none"),
+        (["method.algorithm.beta=0"], ConfigError, "beta is 0; it must be positive"),
+        (["method.algorithm.kl=-1"], ConfigError, "kl is -1; it must be 0 or more"),
+        (["method=flow_grpo", "method.rollout.stochastic=null"], ConfigError, "flow_grpo needs log-probabilities"),
+        (["budget.iterations=null"], BudgetError, "the run would never end"),
+        (["budget.iterations=-3"], BudgetError, "budget.iterations is -3: it must be positive"),
+        (["evaluation.fractions=[0,0.5]"], ConfigError, "they must increase from 0 to 1"),
+        (["model.policy.source=/nowhere/sd3"], CheckpointError, "/nowhere/sd3"),
+        (["prompts.path=/nowhere.txt"], DataError, "/nowhere.txt: cannot be read"),
+        (["device=cuda"], ConfigError, "torch sees no CUDA device"),
+        (["+method.algorithm.gamma=1"], ConfigError, "has no setting 'gamma'"),
+        (["method.optimizer.lr=0"], ConfigError, "method.optimizer.lr is 0"),
+    ],
+)
+def test_values_that_cannot_work(
+    tiny_run: Compose, overrides: list[str], error: type[AlignbenchError], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        run(tiny_run(*overrides))
+    assert message in str(raised.value)
+
+
+def test_negative_reward_weight(tiny_run: Compose) -> None:
+    config = tiny_run()
+    config.reward.parts.red.weight = -1.0
+    with pytest.raises(ConfigError, match=r"reward.red.weight is -1.0: weights must be 0 or more"):
+        run(config)
+
+
+def test_reward_that_does_not_exist_for_the_model(tiny_run: Compose) -> None:
+    config = tiny_run()
+    config.model.domain = "photo"
+    with pytest.raises(ConfigError, match="reward red does not exist for photo models; it does for: shapes"):
+        run(config)
+
+
+def test_truncated_weights(tiny_run: Compose, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", tiny_checkpoint, broken], check=True)
+    weights = next((broken / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        run(tiny_run(f"model.policy.source={broken}"))
+
+
+def test_nan_reward_names_prompt_and_image(tiny_run: Compose) -> None:
+    config = tiny_run("method.batch.prompts=4")
+    config.reward.parts = {
+        "constant": {"weight": 1.0, "shapes": {"_target_": f"{STEP}.Constant", "value": 0.5, "bad_prompt": "ef"}}
+    }
+    with pytest.raises(RewardError, match=r"reward is nan for image \d+ of \d+ of prompt prompts/00002 \('ef'\)"):
+        run(config)
+
+
+def test_constant_reward_is_an_error_after_three_iterations(tiny_run: Compose) -> None:
+    config = tiny_run("budget.iterations=9", reward=f"{STEP}.Constant")
+    with pytest.raises(RewardError, match="the same reward over the first 3 iterations"):
+        run(config)
+    folder = next(Path(config.results).rglob("status.json")).parent
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_results_of_another_configuration(tiny_run: Compose) -> None:
+    run(tiny_run())
+    with pytest.raises(RecordError, match=r"method.algorithm.beta: 1.0 -> 0.5"):
+        run(tiny_run("method.algorithm.beta=0.5"))
+
+
+def test_target_below_a_file(tiny_run: Compose, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match=r"cannot write .*file"):
+        run(tiny_run(f"results={tmp_path / 'file'}"))
+
+
+def test_full_disk_leaves_valid_records_and_a_run_that_continues(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run()
+    write, calls = os.write, iter(range(1000))
+
+    def full(descriptor: int, data: bytes) -> int:
+        if next(calls) >= 12:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_write", full)
+        with pytest.raises(RecordError, match="the disk is full"):
+            run(config)
+    assert json.loads((run(config) / "status.json").read_text())["status"] == "done"
+
+
+def test_file_size_limit(tiny_run: Compose) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(RecordError, match="size limit"):
+            run(tiny_run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a cat\n\na dog\n", "line 2: empty"),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ("p.jsonl", '{"text": "a cat"}\n', 'line 1: expected an object with a non-empty "prompt"'),
+        ("p.txt", "a" * 10_000 + "\n", "line 1: the prompt has 10000 characters; at most 2000"),
+        ("p.txt", "a cat\na cat\n", "line 2: the prompt 'a cat' was already given"),
+        ("p.txt", "", "no prompts in this file"),
+        ("p.csv", "a cat\n", "expected a .txt or .jsonl prompt file, got .csv"),
+    ],
+)
+def test_prompt_files(tiny_run: Compose, tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError) as raised:
+        run(tiny_run(f"prompts.path={path}"))
+    assert message in str(raised.value)

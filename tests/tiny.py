@@ -1,0 +1,111 @@
+"""Real pipelines with one-layer components and random weights, built on the spot."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+TEXT_TOKENS = 10
+
+
+def tiny_sd3(
+    folder: Path,
+    *,
+    t5: bool = False,
+    width: int = 16,
+    layers: int = 2,
+    dual_attention: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Saves a Stable Diffusion 3 pipeline with random weights and gives back its folder.
+
+    Images are 16 x 16, latents 4 x 8 x 8 (factor 2), 16 image tokens; texts have 10 tokens, one a character. Weights
+    are drawn large enough that texts, times and layers all matter. The second attention of SD3.5-Medium, ``attn2``, is
+    there with `dual_attention`. Without `t5` use ``max_sequence_length=0``.
+    """
+    torch.manual_seed(seed)
+    text_config = CLIPTextConfig(
+        vocab_size=len(_clip_vocabulary()),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        projection_dim=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    text_encoders = [CLIPTextModelWithProjection(text_config) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=width // 2,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=width,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,) if dual_attention else (),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+    )
+    t5_config = T5Config(
+        vocab_size=len(_t5_vocabulary()), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    t5_encoder = T5EncoderModel(t5_config) if t5 else None
+    generator = torch.Generator().manual_seed(seed)
+    for module in [transformer, vae, *text_encoders, *([t5_encoder] if t5_encoder else [])]:
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoders[0],
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=text_encoders[1],
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=t5_encoder,
+        tokenizer_3=T5TokenizerFast(vocab=_t5_vocabulary(), extra_ids=0) if t5 else None,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _clip_vocabulary() -> dict[str, int]:
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=_clip_vocabulary(), merges=[], model_max_length=TEXT_TOKENS)
+
+
+def _t5_vocabulary() -> list[tuple[str, float]]:
+    return [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz.,")]
