@@ -188,7 +188,7 @@ def protocol_title(protocols: Mapping[str, Mapping[str, Any]], key: str) -> str:
 
 def slug(*parts: str) -> str:
     """A file name of several parts; what a file system or an address would stumble over becomes a hyphen."""
-    return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts if part)
+    return "_".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in parts if part)
 
 
 def _mixed_note(protocols: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:

@@ -12,7 +12,13 @@ from alignbench.methods.method import Clock, Update
 from alignbench.prompts.sets import draw
 from tests.conftest import Compose
 
-DOUBLE = ("model.policy.dtype=float64", "method=flow_grpo", "method.algorithm.kl=0.04", "method.batch.updates=1")
+DOUBLE = (
+    "model.policy.dtype=float64",
+    "method=flow_grpo",
+    "overlay=none",
+    "method.algorithm.kl=0.04",
+    "method.batch.updates=1",
+)
 
 
 @pytest.fixture
@@ -103,7 +109,8 @@ def test_loss_equals_the_papers_equations(parts: Parts) -> None:
 def test_kl_weight_zero_makes_no_reference_pass(tiny_run: Compose) -> None:
     passes = {}
     for kl in (0.0, 0.04):
-        parts = assembly.assemble(tiny_run("method=flow_grpo", "method.batch.updates=1", f"method.algorithm.kl={kl}"))
+        paper = ("method=flow_grpo", "overlay=none", "method.batch.updates=1")
+        parts = assembly.assemble(tiny_run(*paper, f"method.algorithm.kl={kl}"))
         method, update = collected(parts)
         before = parts.ledger.row()["nfe"]
         method.loss(parts.stack, update, update.batch(range(update.atoms)))

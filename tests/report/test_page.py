@@ -116,12 +116,9 @@ def test_plotted_means_are_in_the_csv(report: Path) -> None:
     assert evaluations.groupby("run").size().max() == 20
 
 
-def test_the_same_records_give_the_same_files(tmp_path: Path) -> None:
-    write_run(tmp_path / "results")
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        build([tmp_path / "results"], folder, lambda _: None)
-    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
+def test_the_same_records_give_the_same_files(report: Path, tmp_path: Path) -> None:
+    build([report.parent], tmp_path, lambda _: None)
+    one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (report, tmp_path))
     assert one == two
 
 

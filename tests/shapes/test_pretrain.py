@@ -27,6 +27,7 @@ from alignbench.shapes.pretrain.generator import (
     flow_matching_loss,
     learning_rate_factor,
     save_pipeline,
+    teacher_guidance,
     tokenize,
     train_generator,
 )
@@ -113,7 +114,11 @@ def test_the_loss_is_that_of_flow_matching() -> None:
     rng = np.random.default_rng(0)
     clean, noise = rng.standard_normal((2, 3, 1, 2, 2))
     sigma = np.array([0.25, 0.5, 1.0])
-    batch = Batch(*(torch.from_numpy(array).float() for array in (clean, noise, sigma)), ids=torch.zeros(3, 16))
+    batch = Batch(
+        *(torch.from_numpy(array).float() for array in (clean, noise, sigma)),
+        ids=torch.zeros(3, 16),
+        guidance=torch.ones(3),
+    )
     weight = sigma[:, None, None, None]
     expected = np.mean(((1 - weight) * clean + weight * noise - (noise - clean)) ** 2)
 
@@ -122,6 +127,23 @@ def test_the_loss_is_that_of_flow_matching() -> None:
             return latents
 
     assert flow_matching_loss(Identity(), batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_distilled_guidance_is_the_scaled_difference_of_the_teacher() -> None:
+    """Captions of id k > 1 make the teacher say 10 k, the empty one (end token 1 after begin 0) says 1."""
+
+    class Teacher(torch.nn.Module):
+        def forward(self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            said = torch.where(ids[:, 1] == 1, 1.0, 10.0 * ids[:, 1])
+            return said.repeat_interleave(len(latents) // len(ids))[:, None, None, None].expand_as(latents)
+
+    ids = torch.zeros(3, 16, dtype=torch.int64)
+    ids[:, 1] = torch.tensor([2, 3, 4])
+    latents = torch.zeros(6, 1, 2, 2)
+    batch = Batch(latents, latents, torch.full((6,), 0.5), ids, guidance=torch.tensor([1.0, 3.0, 1.5]))
+    guidance = teacher_guidance(Teacher(), latents, batch)
+    expected = [0, 0, 2 * (30 - 1), 2 * (30 - 1), 0.5 * (40 - 1), 0.5 * (40 - 1)]
+    assert guidance[:, 0, 0, 0].tolist() == expected
 
 
 def test_noise_levels_are_those_of_the_scheduler() -> None:
@@ -255,8 +277,8 @@ def test_an_impossible_rate_is_refused() -> None:
 
 def test_the_base_phase_needs_a_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["generator", "--phase", "base"]) == 1
-    assert "expected --start with --phase base" in capsys.readouterr().err
-    assert set(RECIPES) == {"capacity", "base"}
+    assert "expected --from with every phase but capacity" in capsys.readouterr().err
+    assert list(RECIPES) == ["capacity", "corrupted", "base"]
 
 
 def _assert_equal_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:

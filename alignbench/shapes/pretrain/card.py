@@ -109,7 +109,7 @@ A tenth of the captions is replaced by the empty prompt.
 python -m alignbench.shapes.pretrain vae
 torchrun --nproc_per_node 2 -m alignbench.shapes.pretrain generator --phase capacity --threads 1
 torchrun --nproc_per_node 2 -m alignbench.shapes.pretrain generator --phase base --threads 1 \\
-    --start pretraining/capacity
+    --from pretraining/capacity
 python -m alignbench.shapes.pretrain card --capacity pretraining/capacity --folder pretraining/base
 ```
 

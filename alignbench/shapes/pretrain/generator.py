@@ -6,12 +6,14 @@ to be: the ability stays in the weights, and a reward can bring it back.
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,7 @@ class GeneratorRecipe:
     steps: int
     corruption: Corruption = field(default_factory=Corruption)
     tag_weights: dict[str, float] = field(default_factory=lambda: dict(TAG_WEIGHTS))
+    guidance: dict[str, float] = field(default_factory=dict)
     architecture: Architecture = field(default_factory=Architecture)
     captions: int = 32
     images_per_caption: int = 4
@@ -91,28 +94,31 @@ class GeneratorRecipe:
         return asdict(self)
 
 
+CORRUPTION = Corruption(
+    mismatch=0.10, shape=0.15, colour=0.15, missing=0.15, count=0.35, relation=0.30, swap=0.15, extra=0.15, binding=0.3
+)
+
 RECIPES = {
     "capacity": GeneratorRecipe(steps=5500),
-    "base": GeneratorRecipe(
+    "corrupted": GeneratorRecipe(
         steps=2600,
-        corruption=Corruption(
-            mismatch=0.10,
-            shape=0.15,
-            colour=0.15,
-            missing=0.15,
-            count=0.35,
-            relation=0.30,
-            swap=0.15,
-            extra=0.15,
-            binding=0.3,
-        ),
+        corruption=CORRUPTION,
         tag_weights=TAG_WEIGHTS | {"color_attr": 6.0, "position": 5.0},
         learning_rate=1e-3,
         warmup=50,
         pool=24_000,
     ),
+    "base": GeneratorRecipe(
+        steps=500,
+        corruption=CORRUPTION,
+        tag_weights=TAG_WEIGHTS | {"color_attr": 6.0, "position": 5.0},
+        guidance={"color_attr": 3.0},
+        learning_rate=4e-4,
+        warmup=50,
+        pool=24_000,
+    ),
 }
-"""The two phases of the shipped weights."""
+"""The phases of the shipped weights, in their order."""
 
 
 class Generator(nn.Module):
@@ -280,18 +286,32 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     return ids
 
 
+@cache
+def empty_prompt() -> Tensor:
+    """Token ids of the empty prompt, int64 [1, 16]."""
+    return tokenize(build_tokenizer(), [""])
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One step: clean latents [n, C, h, w], noise alike, sigma [n], token ids [m, 16] of m captions."""
+    """One step.
+
+    Attributes:
+        clean, noise: latents [n, C, h, w].
+        sigma: [n].
+        ids: token ids [m, 16] of m captions, each of n / m images in a row.
+        guidance: [m], the scale that is distilled; 1 is none.
+    """
 
     clean: Tensor
     noise: Tensor
     sigma: Tensor
     ids: Tensor
+    guidance: Tensor
 
     def share(self, rank: int, size: int) -> "Batch":
         """The ``rank``-th of ``size`` equal parts, each of whole captions."""
-        parts = (tensor.tensor_split(size)[rank] for tensor in (self.clean, self.noise, self.sigma, self.ids))
+        parts = (tensor.tensor_split(size)[rank] for tensor in (getattr(self, field.name) for field in fields(self)))
         return Batch(*parts)
 
 
@@ -316,19 +336,43 @@ def draw_batch(recipe: GeneratorRecipe, pool: Pool, table: CaptionTable, step: i
         noise=noise,
         sigma=SHIFT * time_ / (1 + (SHIFT - 1) * time_),
         ids=torch.where(dropped[:, None], table.empty, ids),
+        guidance=torch.tensor([recipe.guidance.get(record["tag"], 1.0) for record in records()])[pool.captions[chosen]],
     )
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
-def flow_matching_loss(generator: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the velocity, x_sigma = (1 - sigma) x_0 + sigma noise, v = noise - x_0 (SD3, section 2)."""
+def flow_matching_loss(generator: nn.Module, batch: Batch, teacher: nn.Module | None = None) -> Tensor:
+    """Mean squared error of the velocity, x_sigma = (1 - sigma) x_0 + sigma noise, v = noise - x_0 (SD3, section 2).
+
+    Where the batch asks for guidance, the frozen teacher's guidance is added to the velocity, so that the unguided
+    model learns what the guided teacher does (Meng et al. 2023, "On distillation of guided diffusion models").
+    """
     sigma = batch.sigma[:, None, None, None]
     noisy = (1 - sigma) * batch.clean + sigma * batch.noise
+    target = batch.noise - batch.clean
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        if teacher is not None:
+            target = target + teacher_guidance(teacher, noisy, batch)
         velocity = generator(noisy, batch.sigma, batch.ids)
-    return F.mse_loss(velocity.float(), batch.noise - batch.clean)
+    return F.mse_loss(velocity.float(), target)
+
+
+@torch.no_grad()
+def teacher_guidance(teacher: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
+    """(guidance - 1) (v_caption - v_empty) of the teacher, [n, C, h, w]; 0 for captions without guidance."""
+    guidance = torch.zeros_like(noisy)
+    captions = batch.guidance > 1
+    if not captions.any():
+        return guidance
+    images = captions.repeat_interleave(len(noisy) // len(captions))
+    difference = teacher(noisy[images], batch.sigma[images], batch.ids[captions]) - teacher(
+        noisy[images], batch.sigma[images], empty_prompt()
+    )
+    scale = batch.guidance[captions].repeat_interleave(int(images.sum()) // int(captions.sum())) - 1
+    guidance[images] = scale[:, None, None, None] * difference.float()
+    return guidance
 
 
 @dataclass
@@ -339,6 +383,7 @@ class Training:
     generator: Generator
     average: Generator
     optimizer: torch.optim.Optimizer
+    teacher: Generator | None
     step: int = 0
 
     @classmethod
@@ -352,13 +397,14 @@ class Training:
         optimizer = torch.optim.AdamW(
             generator.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
-        return cls(recipe, generator, average, optimizer)
+        teacher = copy.deepcopy(average) if recipe.guidance else None
+        return cls(recipe, generator, average, optimizer, teacher)
 
     def take_step(self, batch: Batch) -> float:
         """One optimizer step, of this process's share of the batch; gives the share's loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * learning_rate_factor(self.recipe, self.step)
-        loss = flow_matching_loss(self.generator, batch.share(*_rank_and_size()))
+        loss = flow_matching_loss(self.generator, batch.share(*_rank_and_size()), self.teacher)
         torch.autograd.backward(loss)
         average_gradients(self.generator)
         nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
@@ -578,9 +624,9 @@ def _architecture(generator: Generator) -> Architecture:
 def main(command: str, arguments: Sequence[str]) -> None:
     """``python -m alignbench.shapes.pretrain generator``: trains one phase and saves its pipeline's folder."""
     parser = argparse.ArgumentParser(prog=f"python -m alignbench.shapes.pretrain {command}")
-    parser.add_argument("--phase", choices=RECIPES, required=True, help="true captions, or wrong at stated rates")
+    parser.add_argument("--phase", choices=RECIPES, required=True, help="what to train")
     parser.add_argument("--vae", type=Path, default=Path("pretraining/vae"), help="folder of the trained autoencoder")
-    parser.add_argument("--start", type=Path, help="folder of the capacity phase's pipeline, for --phase base")
+    parser.add_argument("--from", dest="start", type=Path, help="folder of the phase before")
     parser.add_argument("--output", type=Path, help="folder of the pipeline; default pretraining/PHASE")
     parser.add_argument("--state", type=Path, help="state of an interrupted training; default pretraining/PHASE.pt")
     parser.add_argument("--steps", type=int, help="optimizer steps; default that of the recipe")
@@ -588,8 +634,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--evaluate-every", type=int, default=1000, help="steps between two evaluations")
     options = parser.parse_args(arguments)
-    if (options.phase == "base") != (options.start is not None):
-        raise ConfigError("expected --start with --phase base, and only there: it names the capacity phase's folder")
+    if (options.phase == "capacity") == (options.start is not None):
+        raise ConfigError("expected --from with every phase but capacity: it names the folder of the phase before")
     torch.set_num_threads(options.threads)
     if "RANK" in os.environ:  # started by torchrun
         distributed.init_process_group("gloo")
@@ -612,3 +658,5 @@ def main(command: str, arguments: Sequence[str]) -> None:
             autoencoder,
             earlier | {options.phase: recipe.as_dict()},
         )
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

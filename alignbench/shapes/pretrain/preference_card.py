@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alignbench.rewards.text_image import PickScore
 from alignbench.shapes.captions import CONTROL_WORDS, TAGS, near_miss, records
@@ -65,17 +66,18 @@ def measure(reward: PickScore, scenes_per_tag: int = SCENES_PER_TAG, seed: int =
         members = [record for record in records() if record["tag"] == tag]
         drawn = [members[int(rng.integers(len(members)))] for _ in range(scenes_per_tag)]
         missed = [near_miss(record, rng) for record in drawn]
-        clean = render([sample_scene(record, rng) for record in drawn])
-        other = render([sample_scene(record, rng) for record in missed])
         right, wrong = [record["prompt"] for record in drawn], [record["prompt"] for record in missed]
-        matched = _score(reward, clean, right)
-        captions[tag] = _share(matched > _score(reward, clean, wrong))
-        pictures[tag] = _share(matched > _score(reward, other, right))
-        worse = {name: degrade(clean, [name] * len(clean), rng) for name in DEGRADATIONS}
-        for name, images in worse.items():
-            by_degradation[name].append(_share(matched > _score(reward, images, right)))
+        pixels = render([sample_scene(record, rng) for record in drawn])
+        clean = _embed(reward, pixels)
+        other = _embed(reward, render([sample_scene(record, rng) for record in missed]))
+        matched = _similarity(reward, clean, right)
+        captions[tag] = _share(matched > _similarity(reward, clean, wrong))
+        pictures[tag] = _share(matched > _similarity(reward, other, right))
+        for name, accuracies in by_degradation.items():
+            worse = _embed(reward, degrade(pixels, [name] * len(pixels), rng))
+            accuracies.append(_share(matched > _similarity(reward, worse, right)))
             if name in WORDS:
-                by_word[WORDS[name]].append(_word_accuracy(reward, clean, images, right, WORDS[name]))
+                by_word[WORDS[name]].append(_word_accuracy(reward, clean, worse, right, WORDS[name]))
         degraded[tag] = float(np.mean([accuracies[-1] for accuracies in by_degradation.values()]))
     return Accuracies(
         captions,
@@ -86,14 +88,12 @@ def measure(reward: PickScore, scenes_per_tag: int = SCENES_PER_TAG, seed: int =
     )
 
 
-def _word_accuracy(
-    reward: PickScore, clean: NDArray[np.uint8], worse: NDArray[np.uint8], captions: Sequence[str], word: str
-) -> float:
+def _word_accuracy(reward: PickScore, clean: Tensor, worse: Tensor, captions: Sequence[str], word: str) -> float:
     opposite = CONTROL_WORDS["positive"][CONTROL_WORDS["negative"].index(word)]
     positive = [f"{opposite}. {caption}" for caption in captions]
     negative = [f"{word}. {caption}" for caption in captions]
-    clean_positive, clean_negative = _score(reward, clean, positive), _score(reward, clean, negative)
-    worse_positive, worse_negative = _score(reward, worse, positive), _score(reward, worse, negative)
+    clean_positive, clean_negative = (_similarity(reward, clean, texts) for texts in (positive, negative))
+    worse_positive, worse_negative = (_similarity(reward, worse, texts) for texts in (positive, negative))
     decisions = (
         clean_positive > clean_negative,
         worse_negative > worse_positive,
@@ -103,15 +103,18 @@ def _word_accuracy(
     return float(np.mean([_share(decision) for decision in decisions]))
 
 
-def _score(reward: PickScore, images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+def _embed(reward: PickScore, images: NDArray[np.uint8]) -> Tensor:
     with torch.no_grad():
-        scores: NDArray[np.float32] = reward.similarity(tensor, texts).numpy()
-    return scores
+        return reward.embed_images(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
 
 
-def _share(right: NDArray[np.bool_]) -> float:
-    return float(right.mean())
+def _similarity(reward: PickScore, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Cosines of embedded images and texts: they rank as the scores do."""
+    return (images * reward.embed_texts(texts)).sum(dim=-1)
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
 
 
 def report(accuracies: Accuracies) -> str:

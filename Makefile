@@ -1,0 +1,69 @@
+# Two commands do everything on a fresh machine: make demo and make test.
+# VENV=/path/to/environment uses (or makes) another environment; PYTHON=python3.12 makes it with another Python.
+
+VENV ?= .venv
+PYTHON ?= python3
+RESULTS ?= results
+
+BIN := $(VENV)/bin
+MADE := $(VENV)/made-by-make
+INSTALLED := $(VENV)/alignbench-installed
+GIGABYTES := 8
+DEMO := $(RESULTS)/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint soak report
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make the environment .venv and install everything; an existing VENV=... keeps what it has
+
+demo: $(INSTALLED)  ## train two methods on the embedded model (10 minutes on 2 cores) and draw the report
+	@echo "[demo 1/3] DiffusionNFT on the embedded model, records in $(DEMO)"
+	@$(BIN)/python -m alignbench method=diffusion_nft reward=exact_scene evaluation=preview budget=demo name=demo results=$(RESULTS)
+	@echo "[demo 2/3] Flow-GRPO at the same compute"
+	@$(BIN)/python -m alignbench method=flow_grpo reward=exact_scene evaluation=preview budget=demo name=demo results=$(RESULTS)
+	@echo "[demo 3/3] the report"
+	@$(BIN)/python -m alignbench.report $(DEMO) --output $(DEMO)/report
+	@echo "[demo] done; open this page in a browser: $(abspath $(DEMO))/report/index.html"
+
+report: $(INSTALLED)  ## draw the report of every run below results/
+	@$(BIN)/python -m alignbench.report $(RESULTS) --output $(RESULTS)/report
+
+lint: $(INSTALLED)  ## style, types, and who may import whom
+	@echo "[lint 1/4] ruff check"
+	@$(BIN)/ruff check .
+	@echo "[lint 2/4] ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "[lint 3/4] mypy"
+	@$(BIN)/mypy
+	@echo "[lint 4/4] lint-imports"
+	@$(BIN)/lint-imports
+
+test: lint  ## lint and every test but the long ones (15 minutes on 2 cores)
+	@echo "[test] pytest, two at a time"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: $(INSTALLED)  ## the long tests
+	@$(BIN)/python -m pytest -m soak
+
+# An environment that is made here gets the versions of constraints.txt; one that was there before keeps its own.
+$(INSTALLED): pyproject.toml constraints.txt
+	@set -e; \
+	place="$(dir $(abspath $(VENV)))"; \
+	if [ ! -x $(BIN)/python ]; then \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "[install] Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): try PYTHON=python3.12"; exit 1; }; \
+		mkdir -p "$$place"; \
+		free=$$(df -Pk "$$place" | awk 'NR == 2 {print int($$4 / 1048576)}'); \
+		test "$$free" -ge $(GIGABYTES) || { \
+			echo "[install] $(VENV) needs $(GIGABYTES) GB but $$free GB are free: free some or choose another place, VENV=/path"; exit 1; }; \
+		echo "[install] $$free GB free; making $(VENV) with $$($(PYTHON) -V)"; \
+		$(PYTHON) -m venv $(VENV); \
+		touch $(MADE); \
+	fi; \
+	if [ -e $(MADE) ]; then versions="-c constraints.txt"; echo "[install] downloading and installing about 6 GB, a few minutes"; \
+	else versions=; echo "[install] adding to $(VENV) what it lacks"; fi; \
+	$(BIN)/python -m pip install $$versions -e '.[dev,report]'; \
+	touch $@
