@@ -1,10 +1,11 @@
 """One run from configuration to records: the loop, on one page."""
 
+import json
 import math
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from alignbench.errors import AlignbenchError, RecordError, RewardError
 from alignbench.evaluation import Protocol
 from alignbench.methods.method import Clock
 from alignbench.prompts.sets import draw
-from alignbench.records import Checkpoint, RunDirectory, Status
+from alignbench.records import Checkpoint, RunDirectory, Status, find_runs, read_run
 from alignbench.stack import out_of_memory
 from alignbench.training import optimizer_step
 
@@ -225,18 +226,33 @@ class Loop:
             self._evaluate(self.parts.curve, "evaluation", self.parts.curve.guidance[0])
 
     def evaluate_at_end(self) -> None:
-        """The final weights: their average at every guidance, the current ones at the first."""
+        """The final weights: their average at every guidance; the current ones under the curve protocol."""
         for guidance in self.parts.final.guidance:
             self._evaluate(self.parts.final, "evaluation", guidance)
-        self._evaluate(self.parts.final, "current", self.parts.final.guidance[0])
+        self._evaluate(self.parts.curve, "current", self.parts.curve.guidance[0])
 
     def _evaluate(self, protocol: Protocol, weights: str, guidance: float) -> None:
-        view = "reference" if weights == "base" else weights
-        result = self.parts.evaluator(protocol, view=view, guidance=guidance)
+        described = self.protocols[protocol.name]
+        name = f"{self.evaluations:04d}_{protocol.name}_{weights}_g{guidance:g}"
+        known = self._known_base(described["hash"], guidance) if weights == "base" else None
+        if known is None:
+            before = self._spent()["phases"]["evaluation"]
+            view = "reference" if weights == "base" else weights
+            result = self.parts.evaluator(protocol, view=view, guidance=guidance)
+            after = self._spent()["phases"]["evaluation"]
+            measured = {
+                "metrics": result.metrics,
+                "standard_errors": result.standard_errors,
+                "cost": {key: after[key] - before[key] for key in after},
+            }
+            scores, grid, source = result.scores, result.grid, None
+        else:
+            measured, scores, grid, source = known
+            if self.parts.processes.main:
+                with self.parts.ledger.during("evaluation"):
+                    self.parts.ledger.count(**measured["cost"])
         spent = self._spent()
         if self.records is not None:
-            name = f"{self.evaluations:04d}_{protocol.name}_{weights}_g{guidance:g}"
-            described = self.protocols[protocol.name]
             self.records.append_evaluation(
                 {
                     "evaluation": self.evaluations,
@@ -249,15 +265,43 @@ class Loop:
                     "guidance": guidance,
                     "prompts": described["prompts"],
                     "images": described["images"],
-                    "metrics": result.metrics,
-                    "standard_errors": result.standard_errors,
-                    "scores": self.records.write_scores(name, result.scores),
-                    "grid": self.records.write_image(name, result.grid),
+                    **measured,
+                    "scores": self.records.write_scores(name, scores),
+                    "grid": self.records.write_image(name, grid),
                     "ledger": spent,
-                    "volatile": self._volatile(),
+                    "volatile": self._volatile() | {"reused_from": source},
                 }
             )
         self.evaluations += 1
+
+    def _known_base(
+        self, protocol_hash: str, guidance: float
+    ) -> tuple[dict[str, Any], dict[str, Any], bytes, str] | None:
+        """The same evaluation of the same base model, as another run of this experiment has recorded it.
+
+        Only from a run with the same model, reward and evaluation settings, code, packages, hardware and threads: its
+        numbers would come out again to the last bit.
+        """
+        found = None
+        if self.records is not None:
+            mine = read_run(self.records.folder)
+            for folder in find_runs(self.records.folder.parent.parent):
+                other = read_run(folder)
+                same_settings = all(
+                    other.config.get(key) == mine.config[key] for key in ("model", "reward", "evaluation")
+                )
+                if (
+                    folder == self.records.folder
+                    or not same_settings
+                    or environment(other.run) != environment(mine.run)
+                ):
+                    continue
+                for row in other.evaluations:
+                    if (row["weights"], row["protocol_hash"], row["guidance"]) == ("base", protocol_hash, guidance):
+                        measured = {key: row[key] for key in ("metrics", "standard_errors", "cost")}
+                        scores = json.loads((folder / row["scores"]).read_text())
+                        found = measured, scores, (folder / row["grid"]).read_bytes(), str(folder)
+        return self.parts.processes.share(found)
 
     # Checkpoints
 
@@ -325,6 +369,12 @@ class Loop:
             "micro_batch": self.parts.stack.micro_batch.size,
             "wasted_nfe": self.parts.ledger.wasted_nfe,
         }
+
+
+def environment(run: Mapping[str, Any]) -> list[Any]:
+    """What must agree for two runs to compute the same numbers, beside their settings; a dirty checkout never does."""
+    clean = run["git"]["dirty"] is False
+    return [run[key] for key in ("git", "packages", "hardware", "threads", "processes")] + [None if clean else object()]
 
 
 def optimizer_tensors(parts: Parts) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def test_a_run_leaves_complete_records(tiny_run: Compose, method: str) -> None:
         ("curve", "evaluation", 1.0),
         ("final", "evaluation", 1.0),
         ("final", "evaluation", 3.0),
-        ("final", "current", 1.0),
+        ("curve", "current", 1.0),
     ]
     assert evaluations[0]["metrics"]["drift"] == 0
     assert evaluations[-1]["metrics"]["drift"] > 0

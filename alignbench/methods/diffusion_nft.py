@@ -92,6 +92,7 @@ class DiffusionNFT(Method):
         mode: which images count, see ``optimality``.
         std: ``"global"`` or ``"group"`` standard deviation of the advantages.
         old_schedule: how the sampling weights follow, see ``old_decay``.
+        times: training times per image, drawn without repetition from the sampler's steps; None takes all but one.
     """
 
     needs = Needs(views=("old",))
@@ -105,6 +106,7 @@ class DiffusionNFT(Method):
         mode: Mode,
         std: Literal["global", "group"],
         old_schedule: Literal[0, 1, 2],
+        times: int | None,
         sampler: Sampler,
         batch: BatchSize,
         seed: int,
@@ -118,6 +120,11 @@ class DiffusionNFT(Method):
             raise ConfigError(f"diffusion_nft: mode {mode!r} is not known; choose one of {', '.join(MODES)}")
         if old_schedule not in (0, 1, 2):
             raise ConfigError(f"diffusion_nft: old_schedule is {old_schedule}; choose 0, 1 or 2")
+        if times is not None and not 1 <= times <= sampler.steps:
+            raise ConfigError(
+                f"diffusion_nft: times is {times}; choose 1 to {sampler.steps} (the rollout's steps), or null"
+            )
+        self.times = sampler.steps - 1 if times is None else times
         self.beta, self.kl, self.a_max, self.mode, self.std = beta, kl, a_max, mode, std
         self.old_schedule = old_schedule
 
@@ -146,12 +153,12 @@ class DiffusionNFT(Method):
                 terms |= {"t": t, "noise": stack.policy.noise(seeds)}
                 return Batch(terms, experience.condition[rows], [experience.prompts[row] for row in rows], chosen)
 
-            yield Update(len(atoms), images * (self.sampler.steps - 1), batch)
+            yield Update(len(atoms), images * self.times, batch)
 
     def _steps(self, sample: int, clock: Clock) -> list[int]:
-        """The grid's steps without a random one, per image."""
-        dropped = int(generator("time", self.seed, clock.iteration, sample).integers(self.sampler.steps))
-        return [step for step in range(self.sampler.steps) if step != dropped]
+        """The sampler's steps that an image is trained at, drawn per image."""
+        order = generator("time", self.seed, clock.iteration, sample).permutation(self.sampler.steps)
+        return sorted(order[: self.times].tolist())
 
     def loss(self, stack: Stack, update: Update, batch: Batch) -> Loss:
         x_0, t, r = batch.terms["x_0"], batch.terms["t"], batch.terms["r"]
@@ -173,10 +180,9 @@ class DiffusionNFT(Method):
         policy.blend("old", old_decay(clock.optimizer_steps, self.old_schedule))
 
     def passes_per_image(self) -> dict[str, float]:
-        times = self.sampler.steps - 1
         guidance = 1 if self.sampler.guidance == 1 else 2
         return {
             "rollout": guidance * self.sampler.steps,
-            "training": (3 if self.kl > 0 else 2) * times,
-            "backward": times,
+            "training": (3 if self.kl > 0 else 2) * self.times,
+            "backward": self.times,
         }

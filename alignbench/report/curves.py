@@ -7,6 +7,7 @@ the same protocol.
 """
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from alignbench.report.data import AXES, Axis, Comparison, TrainingRun
 from alignbench.report.statistics import Array, interpolate, pointwise_interval
 
-# Colours of methods on white and on the page's dark background, at least 3:1 against it. After Okabe and Ito (2008) and
-# Tol (2021), which are told apart with colour vision deficiencies; some are darkened. Every method has a marker too.
-LIGHT = ("#0072b2", "#d55e00", "#00896b", "#aa4499", "#8a6d00", "#332288", "#c2567a", "#5b5f66")
-DARK = ("#56b4e9", "#ff9248", "#35c79d", "#dd8ed3", "#e0c04c", "#a9a1f5", "#f4a3ba", "#b4b9c2")
+# Colours of methods on white and on the page's dark background: at least 3:1 against it, and apart from each other with
+# every kind of colour vision (the first two after Okabe and Ito, 2008; the others searched for). Markers differ too.
+LIGHT = ("#0072b2", "#d55e00", "#08a46f", "#520753", "#5e3f02", "#02048e", "#dd1438")
+DARK = ("#56b4e9", "#ff9248", "#a2ebd5", "#c02998", "#f8e5a6", "#896cfb", "#fc6b89")
 INK, MUTED, LINE, BASE = "#1b1f25", "#59616b", "#d5d9df", "#6e7680"  # each replaced by a CSS variable on the page
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 KNOWN = ("diffusion_nft", "flow_grpo", "tempflow_grpo")  # keep their colours from report to report
@@ -60,7 +61,7 @@ class Style:
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """A style for every method: known methods keep theirs, the others take what is free, in alphabetical order.
 
-    With more than eight labels colours repeat, with other markers.
+    With more than seven labels colours repeat, with other markers.
     """
     known = [label for label in KNOWN if label in labels]
     slots = {label: KNOWN.index(label) for label in known}
@@ -160,7 +161,7 @@ def axis_scale(axis: Axis, largest: float) -> tuple[float, str]:
     if largest >= 1e4 and axis.key != "seconds":
         scale, word = (1e6, "million") if largest >= 2e6 else (1e3, "thousand")
         return scale, f"{axis.title} ({word})"
-    return 1.0, f"{axis.title} ({axis.unit})" if axis.key == "seconds" else axis.title
+    return 1.0, f"{axis.title} (method's clock)" if axis.key == "seconds" else axis.title
 
 
 def _short(name: str, longest: int = 34) -> str:
@@ -173,7 +174,11 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
     scale, label = axis_scale(plot.axis, max(x[-1] for x, _ in drawn))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.3))
-        axes = figure.add_axes((0.105, 0.135, 0.865, 0.66))
+        names = [_short(curve.label) for curve in plot.curves]
+        entries = len(names) + len(plot.base)
+        columns = 3 if entries > 4 and max(map(len, names)) <= 16 else 2
+        bottom, top = 0.135, 0.895 - 0.047 * math.ceil(entries / columns)  # below the legend's rows
+        axes = figure.add_axes((0.105, bottom, 0.865, top - bottom))
         base, handles = [], []
         for (guidance, score), dashes in zip(plot.base, ((5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 3)), strict=False):
             name = f"base, guidance {guidance:g}"
@@ -207,7 +212,7 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
         axes.set_xlabel(label, color=MUTED)
         figure.text(0.02, 0.955, plot.title, fontsize=10, fontweight="bold", va="center")
         figure.legend(
-            handles=[*handles, *base], loc="upper left", bbox_to_anchor=(0.005, 0.925), ncols=2, frameon=False,
+            handles=[*handles, *base], loc="upper left", bbox_to_anchor=(0.005, 0.925), ncols=columns, frameon=False,
             fontsize=7.8, handlelength=2.2, columnspacing=1.4, borderpad=0.2, labelspacing=0.25,
         )  # fmt: skip
     return figure

@@ -37,7 +37,7 @@ AXES = (
     Axis("images", "Images", "images"),
     Axis("reward_calls", "Reward calls", "reward calls"),
     Axis("optimizer_steps", "Optimizer steps", "steps"),
-    Axis("seconds", "Seconds", "s, method's clock"),
+    Axis("seconds", "Seconds", "s"),
 )
 BUDGET_AXES = {axis.key: axis.key for axis in AXES} | {"gpu_seconds": "seconds"}
 
@@ -171,7 +171,8 @@ class TrainingRun:
     def final_hash(self) -> str:
         """The protocol of the published score: the final one where it was run, else the one used during training."""
         final = str(self.run.get("final_protocol_hash") or "")
-        return final if any(row.protocol_hash == final for row in self.evaluations) else self.curve_hash
+        scored = any(row.protocol_hash == final for row in self.evaluations)
+        return final if final and (scored or not self.finished) else self.curve_hash
 
     def select(self, protocol_hash: str, weights: str, guidance: float | None = None) -> list[Evaluation]:
         """Evaluations of one protocol and kind of weights, in the order of the budget."""

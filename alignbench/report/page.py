@@ -153,18 +153,18 @@ def _evaluations(records: Records) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def _several(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
 def _summary(records: Records) -> list[str]:
     """The first lines of the page: what was compared, and whether all of it is here."""
     finished = sum(run.finished for run in records.runs)
     total = len(records.runs) + len(records.unreadable)
     methods = len(records.labels)
     rewards = len({run.reward for run in records.runs})
-
-    def several(n: int, word: str) -> str:
-        return f"{n} {word}" if n == 1 else f"{n} {word}s"
-
-    compared = f"{several(methods, 'method')}, {several(rewards, 'trained reward')}"
-    return [f"{several(total, 'run')}, {finished} finished: {compared}."]
+    compared = f"{_several(methods, 'method')}, {_several(rewards, 'trained reward')}"
+    return [f"{_several(total, 'run')}, {finished} finished: {compared}."]
 
 
 def render(records: Records, output: Output) -> str:
@@ -226,7 +226,7 @@ def build(paths: Sequence[Path], output: Path, say: Callable[[str], None] = prin
         ReportNotWritten: the output cannot be written.
     """
     records = load(paths)
-    say(f"read {len(records.runs)} runs below {', '.join(str(path) for path in paths)}")
+    say(f"read {_several(len(records.runs), 'run')} below {', '.join(str(path) for path in paths)}")
     for broken in records.unreadable:
         say(f"left out {broken.name}: {'; '.join(broken.problems)}")
     written = Output(output)

@@ -27,7 +27,7 @@ from scripted_run import (
 )
 
 
-class Array(np.ndarray):  # type: ignore[type-arg]
+class Array(np.ndarray):
     """The part of torch.Tensor that saving uses."""
 
     def detach(self) -> "Array":

@@ -53,7 +53,7 @@ def test_rows_cut_at_any_byte(finished: Path, copy: Path, data: st.DataObject) -
 
 FILES = ["run.json", "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl"]
 YAML_TRAPS = [b"!!int ''", b"!!timestamp x", b"&a [*a]", b"? [1]\n: 2", b"a: 2024-99-99", b"- 1", b"1: 2", b"a: .nan"]
-JSON_TRAPS = [b"[" * 100_000, b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}", b"[]", b"null", b"\xff\xfe", b"{}{}"]
+JSON_TRAPS = [b"[" * 5_000, b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}", b"[]", b"null", b"\xff\xfe", b"{}{}"]
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,16 +3,18 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from scripted_run import CONFIG, DONE, RUN, contents, in_child, scripted_run
+from scripted_run import CONFIG, DONE, KILLED, RUN, contents, in_child, scripted_run
 
 from alignbench import records
 from alignbench.errors import CheckpointError, RecordError
@@ -111,7 +113,11 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
 
 
 def test_lock_of_a_dead_process_does_not_block(tmp_path: Path) -> None:
-    assert in_child(lambda: (opened(tmp_path), os.kill(os.getpid(), 9))) == -9
+    def die_with_the_lock() -> None:
+        opened(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die_with_the_lock) == KILLED
     opened(tmp_path).close()
 
 
@@ -215,7 +221,7 @@ def flip_a_bit(folder: Path) -> None:
     (folder / "policy.safetensors").write_bytes(data)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "has 60 bytes, expected": truncate,
     "does not have the SHA-256": flip_a_bit,
     r"policy\.safetensors is missing": lambda folder: (folder / "policy.safetensors").unlink(),

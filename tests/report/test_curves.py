@@ -119,7 +119,7 @@ def test_the_inline_figure_takes_the_colours_of_the_page(three: Path) -> None:
         (AXES[1], 5e6, (1e6, "NFE (million)")),
         (AXES[1], 24_000.0, (1e3, "NFE (thousand)")),
         (AXES[4], 400.0, (1.0, "Optimizer steps")),
-        (AXES[5], 50_000.0, (1.0, "Seconds (s, method's clock)")),
+        (AXES[5], 50_000.0, (1.0, "Seconds (method's clock)")),
     ],
 )
 def test_axis_scale(axis: curves.Axis, largest: float, expected: tuple[float, str]) -> None:
@@ -135,14 +135,38 @@ def test_known_methods_keep_their_colour_and_every_label_has_one() -> None:
     assert len({(style.slot, style.marker) for style in many.values()}) == 20
 
 
-def luminance(colour: str) -> float:
+def linear(colour: str) -> np.ndarray:
     channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+    return np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels])
 
 
 @pytest.mark.parametrize(("colours", "paper"), [(LIGHT, "#ffffff"), (DARK, "#14171b")])
 def test_lines_contrast_with_the_page(colours: tuple[str, ...], paper: str) -> None:
     for colour in colours:  # WCAG 2.2, 1.4.11: graphics need 3:1
-        bright, dim = sorted((luminance(colour), luminance(paper)), reverse=True)
+        luminances = (float(linear(each) @ [0.2126, 0.7152, 0.0722]) for each in (colour, paper))
+        dim, bright = sorted(luminances)
         assert (bright + 0.05) / (dim + 0.05) >= 3, colour
+
+
+# Linear RGB as seen without red, green or blue cones: Machado, Oliveira and Fernandes (2009), severity 1.
+VISION = {
+    "common": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of linear RGB (D65): distances of 2.3 are just noticeable side by side."""
+    x, y, z = np.cbrt(XYZ @ np.clip(rgb, 0, 1) / [0.9505, 1.0, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("colours", [LIGHT, DARK])
+def test_methods_are_told_apart_with_any_colour_vision(colours: tuple[str, ...], vision: str) -> None:
+    seen = [lab(np.array(VISION[vision]) @ linear(colour)) for colour in colours]
+    distances = [np.linalg.norm(a - b) for index, a in enumerate(seen) for b in seen[:index]]
+    assert min(distances) > 10

@@ -51,6 +51,13 @@ def test_the_curve_protocol_stands_in_where_no_final_one_was_run(tmp_path: Path)
     assert run.final_hash == HASHES["curve"]
 
 
+def test_a_run_that_failed_at_once_stands_with_its_declared_protocol(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, status="failed", until=0.0, grids=False)
+    (folder / "evaluations.jsonl").unlink()
+    (run,) = load([tmp_path]).runs
+    assert run.final_hash == HASHES["final"]
+
+
 def test_a_curve_starts_at_the_base_and_holds_one_protocol(tmp_path: Path) -> None:
     write_run(tmp_path, seed=1, grids=False)
     (run,) = load([tmp_path]).runs

@@ -168,7 +168,7 @@ def test_progress_ends_on_the_path_of_the_page(tmp_path: Path, capsys: pytest.Ca
     write_run(tmp_path / "results", status="running", until=0.0, grids=False)
     assert main([str(tmp_path / "results"), "--output", str(tmp_path / "report")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"read 1 runs below {tmp_path / 'results'}"
+    assert lines[0] == f"read 1 run below {tmp_path / 'results'}"
     assert lines[-1].startswith(f"report: {tmp_path / 'report' / 'index.html'} (")
 
 

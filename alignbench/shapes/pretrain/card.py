@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,18 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def write_card(
-    folder: Path, capacity: Sequence[Scores], base: Sequence[Scores], decibel: float, remark: str = ""
+    folder: Path, earlier: Mapping[str, Sequence[Scores]], base: Sequence[Scores], decibel: float, remark: str
 ) -> None:
     """Writes ``README.md`` and the figures as ``scores.json``; ``remark`` is a paragraph about how the run went."""
     training = json.loads((folder / "training.json").read_text())
     scores: dict[str, Any] = {
-        "capacity": [entry.as_dict() for entry in capacity],
+        **{name: [entry.as_dict() for entry in entries] for name, entries in earlier.items()},
         "base": [entry.as_dict() for entry in base],
         "autoencoder_psnr": decibel,
         "sha256": hashes(folder),
     }
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    (folder / "README.md").write_text(_card(folder, training, capacity, base, decibel, remark))
+    (folder / "README.md").write_text(_card(folder, training, earlier, base, decibel, remark))
 
 
 _CARD = """# The embedded world's base generator
@@ -84,9 +84,9 @@ GenEval (official rule, overall = mean over the tags) on the captions of the tes
 
 Exact scenes by tag without guidance: {exact_tags}.
 
-The capacity check is the same architecture before the second phase, trained on true captions only:
+The phases before it, on the same captions. *capacity* is the capacity check: the same architecture on true captions.
 
-{capacity_table}
+{earlier_tables}
 
 The autoencoder restores rendered scenes that it was not trained on with {decibel:.2f} dB (3,000 images, as stored).
 
@@ -98,24 +98,25 @@ Parameters: {parameters}.
 
 ## Data
 
-Rendered scenes under the captions of all splits (`alignbench/shapes/`), tags weighted as `TAG_WEIGHTS` in
-`alignbench/shapes/pretrain/data.py`; no outside data. In the second phase pictures are wrong at these rates, which
-`Corruption` in the same file explains: {rates}.
+Rendered scenes under the captions of all splits (`alignbench/shapes/`); no outside data. From the second phase on,
+pictures are wrong at these rates, which `Corruption` in `alignbench/shapes/pretrain/data.py` explains: {rates}.
 A tenth of the captions is replaced by the empty prompt.
 
 ## Recipe
 
 ```bash
 python -m alignbench.shapes.pretrain vae
-torchrun --nproc_per_node 2 -m alignbench.shapes.pretrain generator --phase capacity --threads 1
-torchrun --nproc_per_node 2 -m alignbench.shapes.pretrain generator --phase base --threads 1 \\
-    --from pretraining/capacity
-python -m alignbench.shapes.pretrain card --capacity pretraining/capacity --folder pretraining/base
+train="torchrun --nproc_per_node 2 -m alignbench.shapes.pretrain generator --threads 1"
+$train --phase capacity
+$train --phase corrupted --from pretraining/capacity
+$train --phase base --from pretraining/corrupted
+python -m alignbench.shapes.pretrain card --earlier pretraining/capacity pretraining/corrupted
 ```
 
-The autoencoder takes {autoencoder_steps:,} steps of {autoencoder_batch} images, the capacity phase
-{capacity_steps:,} and the base phase {base_steps:,} steps of {captions} captions with {images_per_caption} images each, all with seed {seed}:
-bfloat16 autocast, AdamW, a moving average of the weights. The last command makes the figures above.
+The autoencoder takes {autoencoder_steps:,} steps of {autoencoder_batch} images; the phases take {phase_steps} steps of
+{captions} captions with {images_per_caption} images each, all with seed {seed}: bfloat16 autocast, AdamW, a moving
+average of the weights. The last phase distils guidance into the unguided model for the tag that is weakest without it
+({distilled}), so that no tag is dead. The last command makes the figures above.
 Every setting is in `training.json`, every digit in `scores.json`.
 {remark}
 ## Weights (SHA-256)
@@ -127,7 +128,7 @@ Every setting is in `training.json`, every digit in `scores.json`.
 def _card(
     folder: Path,
     training: dict[str, Any],
-    capacity: Sequence[Scores],
+    earlier: Mapping[str, Sequence[Scores]],
     base: Sequence[Scores],
     decibel: float,
     remark: str,
@@ -150,7 +151,7 @@ def _card(
         best=best.geneval,
         base_table=table(base),
         exact_tags=", ".join(f"{tag} {share:.3f}" for tag, share in base[0].exact_tags.items()),
-        capacity_table=table(capacity),
+        earlier_tables="\n\n".join(f"*{name}*\n\n{table(scores)}" for name, scores in earlier.items()),
         decibel=decibel,
         layers=generator.transformer.config.num_layers,
         width=generator.transformer.config.caption_projection_dim,
@@ -158,8 +159,8 @@ def _card(
         rates=", ".join(f"{name} {rate:g}" for name, rate in phase["corruption"].items()),
         autoencoder_steps=AutoencoderRecipe.steps,
         autoencoder_batch=AutoencoderRecipe.batch_size,
-        capacity_steps=training["capacity"]["steps"],
-        base_steps=phase["steps"],
+        phase_steps=", ".join(f"{settings['steps']:,} ({name})" for name, settings in training.items()),
+        distilled=", ".join(f"{tag}, scale {scale:g}" for tag, scale in phase["guidance"].items()),
         captions=phase["captions"],
         images_per_caption=phase["images_per_caption"],
         seed=phase["seed"],
@@ -169,18 +170,18 @@ def _card(
 
 
 def main(command: str, arguments: Sequence[str]) -> None:
-    """``python -m alignbench.shapes.pretrain card``: measures both phases, writes the card into the base's folder."""
+    """``python -m alignbench.shapes.pretrain card``: measures all phases, writes the card into the base's folder."""
     parser = argparse.ArgumentParser(prog=f"python -m alignbench.shapes.pretrain {command}")
     parser.add_argument("--folder", type=Path, default=Path("pretraining/base"), help="pipeline of the base phase")
-    parser.add_argument("--capacity", type=Path, default=Path("pretraining/capacity"), help="of the capacity phase")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="folders of the phases before, named alike")
     parser.add_argument("--images", type=int, default=480, help="images a tag")
     parser.add_argument("--remark", default="", help="a paragraph about how the training went")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    capacity = measure(options.capacity, (1.0, 3.0), options.images)
+    earlier = {phase.name: measure(phase, (1.0, 3.0), options.images) for phase in options.earlier}
     base = measure(options.folder, GUIDANCES, options.images)
     _, autoencoder = load_generator(options.folder)
     decibel = psnr(autoencoder, training_images(3000, AutoencoderRecipe.seed + 1))
-    write_card(options.folder, capacity, base, decibel, options.remark)
+    write_card(options.folder, earlier, base, decibel, options.remark)
     print(f"{options.folder / 'README.md'}: written; autoencoder {decibel:.2f} dB")

@@ -1,8 +1,9 @@
 """The generator: a tiny Stable Diffusion 3, trained from scratch on latents of rendered scenes.
 
-Two phases. *capacity* trains on true captions and shows what the architecture can do. *base* goes on from there with
-captions that are wrong at stated rates, until the model is as imperfect as a base model for reinforcement learning has
-to be: the ability stays in the weights, and a reward can bring it back.
+Three phases, each from the weights of the one before. *capacity* trains on true captions and shows what the
+architecture can do. *corrupted* trains on captions that are wrong at stated rates, until the model is as imperfect as a
+base model for reinforcement learning has to be: the ability stays in the weights, as guidance shows. *base* distils
+guidance into the tag that would have next to no right pictures without it.
 """
 
 import argparse
@@ -72,6 +73,8 @@ class GeneratorRecipe:
         pool: captions with their images, rendered and encoded beforehand.
         tag_weights: how often a caption of a tag is drawn.
         corruption: how often the picture is wrong.
+        guidance: by tag, the scale of guidance that is distilled into the unguided model; the teacher is the phase's
+            first weights.
         seed: of weights, scenes and batches.
     """
 

@@ -154,7 +154,7 @@ score is `exp(logit_scale) * cos(image, text)`, on the raw scale, as PickScore's
 
 ```python
 from alignbench.rewards.text_image import PickScore
-reward = PickScore("{folder.as_posix().split("/alignbench/")[-1]}", name="{name}")
+reward = PickScore("alignbench/shapes/checkpoints/{name}", name="{name}")
 ```
 
 ## Data
