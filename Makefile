@@ -8,7 +8,7 @@ RESULTS ?= results
 BIN := $(VENV)/bin
 MADE := $(VENV)/made-by-make
 INSTALLED := $(VENV)/alignbench-installed
-GIGABYTES := 8
+GIGABYTES := 9
 DEMO := $(RESULTS)/demo
 
 .DEFAULT_GOAL := help
@@ -49,6 +49,7 @@ soak: $(INSTALLED)  ## the long tests
 	@$(BIN)/python -m pytest -m soak
 
 # An environment that is made here gets the versions of constraints.txt; one that was there before keeps its own.
+# Everything pip writes meanwhile lies inside the environment, so one look at the free disk is enough.
 $(INSTALLED): pyproject.toml constraints.txt
 	@set -e; \
 	place="$(dir $(abspath $(VENV)))"; \
@@ -63,7 +64,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		$(PYTHON) -m venv $(VENV); \
 		touch $(MADE); \
 	fi; \
-	if [ -e $(MADE) ]; then versions="-c constraints.txt"; echo "[install] downloading and installing about 6 GB, a few minutes"; \
+	if [ -e $(MADE) ]; then versions="-c constraints.txt"; echo "[install] downloading 3 GB and installing 6 GB, a few minutes"; \
 	else versions=; echo "[install] adding to $(VENV) what it lacks"; fi; \
-	$(BIN)/python -m pip install $$versions -e '.[dev,report]'; \
+	export TMPDIR="$(abspath $(VENV))/tmp"; mkdir -p "$$TMPDIR"; trap 'rm -rf "$$TMPDIR"' EXIT; \
+	$(BIN)/python -m pip install --no-cache-dir $$versions -e '.[dev,report]'; \
 	touch $@
