@@ -265,7 +265,8 @@ def _git() -> dict[str, Any]:
             return None
 
     commit = git("rev-parse", "HEAD")
-    changes = git("status", "--porcelain", "--", str(Path(__file__).parent), "conf")
+    code = Path(__file__).parent
+    changes = git("status", "--porcelain", "--", str(code), str(code.parent / "conf"))
     return {"commit": commit, "dirty": bool(changes) if commit else None}
 
 

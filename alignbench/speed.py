@@ -1,7 +1,7 @@
 """``python -m alignbench.speed``: what the harness costs beside the model's own passes.
 
-Every figure is a ratio of two things timed alternately in one process, so a busy machine disturbs both alike: the median
-over pairs with a 95% interval from its order statistics.
+Every figure is a ratio of two things timed alternately in one process, so a busy machine disturbs both alike: the
+median over pairs with a 95% interval from its order statistics.
 """
 
 import argparse

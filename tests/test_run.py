@@ -30,3 +30,21 @@ def test_a_run_leaves_complete_records(tiny_run: Compose, method: str) -> None:
     assert evaluations[0]["metrics"]["drift"] == 0
     assert evaluations[-1]["metrics"]["drift"] > 0
     assert Path(folder / "lora" / "pytorch_lora_weights.safetensors").stat().st_size > 1000
+
+
+def test_the_base_is_evaluated_once_for_runs_that_would_repeat_it(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignbench.assembly._git", lambda: {"commit": "abc", "dirty": False})
+    folders = [run(tiny_run(f"method={method}")) for method in ("diffusion_nft", "flow_grpo")]
+    first, second = (
+        [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()] for folder in folders
+    )
+    for ours, theirs in zip(second[:3], first[:3], strict=True):
+        assert ours["volatile"]["reused_from"] == str(folders[0])
+        assert [ours[key] for key in ("metrics", "cost", "guidance")] == [
+            theirs[key] for key in ("metrics", "cost", "guidance")
+        ]
+        assert ours["ledger"]["phases"]["evaluation"] == theirs["ledger"]["phases"]["evaluation"]
+        assert (folders[1] / ours["grid"]).read_bytes() == (folders[0] / theirs["grid"]).read_bytes()
+    assert second[3]["volatile"]["reused_from"] is None

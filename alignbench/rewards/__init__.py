@@ -4,6 +4,6 @@ Where it fits: the stack asks a reward for scores, in training and in evaluation
 ``reward``      the interface, weighted sums, the finiteness check.
 ``geneval``     GenEval's rules (official, strict, soft) over exchangeable detectors.
 ``text_image``  PickScore: the similarity of image and text embeddings, differentiable.
-Gotchas: scores are on the raw scale, the key ``reward`` first; a differentiable reward gets images with gradients, every other
-call gets images rounded to 8 bits, which is what a user would see.
+Gotchas: scores are on the raw scale, the key ``reward`` first; a differentiable reward gets images with gradients,
+every other call gets images rounded to 8 bits, which is what a user would see.
 """

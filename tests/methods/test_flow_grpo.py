@@ -1,6 +1,7 @@
 """Flow-GRPO's loss, assembled from the stack, against a NumPy evaluation in float64 of the paper's equations."""
 
 import math
+
 import numpy as np
 import pytest
 import torch
