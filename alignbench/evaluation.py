@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignbench.errors import ConfigError
+from alignbench.policies.policy import Condition
 from alignbench.prompts.prompt import Prompt
 from alignbench.records import config_hash
 from alignbench.rewards.reward import Reward
@@ -161,7 +162,7 @@ class Evaluator:
         self.prompts = prompts
         self.scorers = dict(scorers)
         self.features = cast(EmbedsImages, self.scorers[features]) if features else None
-        self._drift_set: tuple[Tensor, Tensor, list[Prompt]] | None = None
+        self._reference: tuple[Tensor, Tensor, Condition] | None = None
 
     def __call__(self, protocol: Protocol, *, view: str, guidance: float) -> Evaluation:
         """Sample every image of the protocol with a view's weights and score it."""
@@ -207,18 +208,21 @@ class Evaluator:
         embeddings = [part[1] for part in parts if part[1] is not None]
         return scores, torch.cat(embeddings) if embeddings else None
 
-    def _drift(self, view: str) -> float:
-        """Mean squared velocity difference from the reference on the reference's own, noised samples."""
-        if self._drift_set is None:
-            rows = self.stack.processes.shard(DRIFT_SAMPLES)
-            prompts = [self.prompts[row % len(self.prompts)] for row in rows]
+    def sample_reference(self) -> None:
+        """Draw the base model's samples on which drift is measured; before the first evaluation, once a process."""
+        rows = self.stack.processes.shard(DRIFT_SAMPLES)
+        prompts = [self.prompts[row % len(self.prompts)] for row in rows]
+        with self.stack.ledger.during("evaluation"):
             rollout = self.stack.sample(
                 prompts, Sampler(10), seeds_of("drift sample", ids=rows), view="reference", score=False
             )
-            noise = self.stack.policy.noise(seeds_of("drift noise", ids=rows))
-            self._drift_set = rollout.latents, noise, prompts
-        x_0, noise, prompts = self._drift_set
-        condition = self.stack.encode(prompts)
+        noise = self.stack.policy.noise(seeds_of("drift noise", ids=rows))
+        self._reference = rollout.latents, noise, rollout.condition
+
+    def _drift(self, view: str) -> float:
+        """Mean squared velocity difference from the reference on the reference's own, noised samples."""
+        assert self._reference is not None, "sample_reference comes first"
+        x_0, noise, condition = self._reference
         squares = []
         for sigma in DRIFT_SIGMAS:
             t = x_0.new_full((len(x_0),), sigma)

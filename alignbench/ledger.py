@@ -112,10 +112,13 @@ class Ledger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, main: bool = True) -> None:
-        """Continue from ``state_dict``: the counts go to the main process, the others begin at zero."""
-        if main:
-            self.phases = {phase: Counts(**counts) for phase, counts in state["phases"].items()}
-            self.wasted_nfe = state["volatile"]["wasted_nfe"]
+        """Continue from ``state_dict``: the counts go to the main process, the others begin at zero.
+
+        What was counted before, to get ready again, is wasted.
+        """
+        preparing = sum(counts.nfe for counts in self.phases.values())
+        self.phases = {phase: Counts(**counts) if main else Counts() for phase, counts in state["phases"].items()}
+        self.wasted_nfe = preparing + (state["volatile"]["wasted_nfe"] if main else 0)
         self.optimizer_steps = state["optimizer_steps"]
         self.seconds = dict(state["volatile"]["seconds"])
 

@@ -116,6 +116,7 @@ class Loop:
 
     def go(self, stopping: Sequence[int]) -> None:
         """Run until the budget is spent, from the last checkpoint if there is one."""
+        self.parts.evaluator.sample_reference()
         self.restore()
         if self.evaluations == 0:
             self.evaluate_at_start()

@@ -71,6 +71,7 @@ def test_evaluation_leaves_every_generator_and_every_weight_as_they_were(tiny_ru
         parts.evaluator.scorers["rude"] = Rude()
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index] # noqa: NPY002
         if evaluate:
+            parts.evaluator.sample_reference()
             parts.evaluator(parts.curve, view="evaluation", guidance=1.0)
         assert random.getstate() == states[0]
         assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index] # noqa: NPY002
@@ -90,5 +91,6 @@ def test_evaluation_does_not_depend_on_the_micro_batch(tiny_run: Compose) -> Non
     results = []
     for size in (64, 3):
         parts = assembly.assemble(tiny_run(f"micro_batch={size}", "model.policy.dtype=float64"))
+        parts.evaluator.sample_reference()
         results.append(parts.evaluator(parts.curve, view="evaluation", guidance=1.0).metrics)
     assert results[0] == pytest.approx(results[1], abs=1e-6)
