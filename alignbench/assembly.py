@@ -31,6 +31,7 @@ from alignbench.records import config_hash
 from alignbench.rewards.reward import Reward, WeightedSum
 from alignbench.sampling.rollout import Sampler
 from alignbench.stack import Stack
+from alignbench.tracking import Tracker
 
 DOMAIN_PROMPTS = {"shapes": "shapes"}  # the prompt set that belongs to a domain
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "hydra-core", "numpy")
@@ -220,6 +221,12 @@ def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
         )
         descriptions[protocol.name] = described | {"hash": config_hash(described)}
     return descriptions
+
+
+def tracker(config: DictConfig, folder: Path) -> Tracker | None:
+    """The configured mirror of the records, or None."""
+    settings = _plain(config.get("tracker") or {})
+    return _instantiate(settings, folder=folder) if settings else None
 
 
 def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from alignbench.errors import ConfigError
 from alignbench.records import config_hash
 
 # Where a run goes and how it is shown or batched; everything else decides its numbers.
-NOT_IDENTITY = ("results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device")
+NOT_IDENTITY = ("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device")
 CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
 
 

@@ -24,6 +24,7 @@ from alignbench.methods.method import Clock
 from alignbench.prompts.sets import draw
 from alignbench.records import Checkpoint, RunDirectory, Status, find_runs, read_run
 from alignbench.stack import out_of_memory
+from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
 
 CONSTANT_ITERATIONS = 3  # a reward that never varied over the first iterations teaches nothing: an error
@@ -53,9 +54,10 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         if parts.processes.share(records is not None and records.status.get("status") == "done"):
             print(f"{folder}: already done, skipped")
             return folder
+        tracker = assembly.tracker(config, folder) if main else None
         try:
             with stop_requested() as stopping:
-                Loop(config, parts, records).go(stopping)
+                Loop(config, parts, records, tracker).go(stopping)
         except BaseException as error:
             if records is not None:
                 with suppress(RecordError):  # a full disk: what stopped the run says more
@@ -63,6 +65,9 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise AlignbenchError(verdict(error)[1]) from error
             raise
+        finally:
+            if tracker is not None:
+                tracker.close()
     return folder
 
 
@@ -104,10 +109,13 @@ class Loop:
         config: the composed configuration.
         parts: what it was assembled to.
         records: the run's directory; None on processes that do not write.
+        tracker: where else the rows are shown; None for nowhere.
     """
 
-    def __init__(self, config: DictConfig, parts: Parts, records: RunDirectory | None) -> None:
-        self.config, self.parts, self.records = config, parts, records
+    def __init__(
+        self, config: DictConfig, parts: Parts, records: RunDirectory | None, tracker: Tracker | None = None
+    ) -> None:
+        self.config, self.parts, self.records, self.tracker = config, parts, records, tracker
         self.clock = Clock()
         self.evaluations = 0  # rows written
         self.evaluated = 0.0  # last fraction of the budget that has been evaluated
@@ -126,6 +134,8 @@ class Loop:
                 row = self.iterate()
                 if self.records is not None:
                     self.records.append_metrics(row)
+                if self.tracker is not None:
+                    self.tracker.log(self.clock.iteration, numbers_of(row, "train"))
                 bar.update(100 * min(1.0, self.clock.fraction) - bar.n)
                 bar.set_postfix(reward=f"{row['reward']:.3f}", iteration=self.clock.iteration)
                 self.evaluate_if_due()
@@ -273,6 +283,10 @@ class Loop:
                     "volatile": self._volatile() | {"reused_from": source},
                 }
             )
+            if self.tracker is not None:
+                shown = f"{protocol.name}/{weights}_g{guidance:g}"
+                self.tracker.log(self.clock.iteration, numbers_of(measured["metrics"], shown))
+                self.tracker.picture(self.clock.iteration, shown, self.records.folder / "images" / f"{name}.png")
         self.evaluations += 1
 
     def _known_base(

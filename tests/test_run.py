@@ -48,3 +48,14 @@ def test_the_base_is_evaluated_once_for_runs_that_would_repeat_it(
         assert ours["ledger"]["phases"]["evaluation"] == theirs["ledger"]["phases"]["evaluation"]
         assert (folders[1] / ours["grid"]).read_bytes() == (folders[0] / theirs["grid"]).read_bytes()
     assert second[3]["volatile"]["reused_from"] is None
+
+
+def test_tensorboard_shows_the_rows_and_the_grids(tiny_run: Compose) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(tiny_run("tracker=tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shown = [(event.step, event.value) for event in events.Scalars("train/reward")]
+    assert shown == [(row["iteration"], pytest.approx(row["reward"])) for row in rows]
+    assert len(events.Images("curve/evaluation_g1")) == 2

@@ -188,8 +188,8 @@ Shares of right decisions on {SCENES_PER_TAG} held-out scenes a tag (seed {SEED}
 
 ## Limits
 
-It knows nothing but this world. It is a learnt reward and can be hacked: pictures exist that it scores above rendered
-ones.
+It knows nothing but this world. It is a learnt reward: a high score on pictures unlike those it was trained on proves
+nothing, so read it beside the exact detector and the other preference model. Relations are its weakest tag.
 
 SHA-256 of `model.safetensors`: `{digest}`
 """
