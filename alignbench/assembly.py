@@ -225,8 +225,7 @@ def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
 
 def tracker(config: DictConfig, folder: Path) -> Tracker | None:
     """The configured mirror of the records, or None."""
-    settings = _plain(config.get("tracker") or {})
-    return _instantiate(settings, folder=folder) if settings else None
+    return _instantiate(_plain(config.tracker), folder=folder) if config.get("tracker") else None
 
 
 def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
