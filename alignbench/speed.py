@@ -17,6 +17,7 @@ from scipy.stats import binom
 from alignbench import assembly
 from alignbench.__main__ import CONF
 from alignbench.assembly import Parts
+from alignbench.methods.diffusion_nft import DiffusionNFT
 from alignbench.methods.method import Clock, Experience, Update
 from alignbench.prompts.sets import draw
 from alignbench.sampling.rollout import Sampler
@@ -70,8 +71,10 @@ def rollout_pair(parts: Parts, batch: int) -> tuple[Callable[[], Any], Callable[
 
 
 def update_pair(parts: Parts) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The bare passes of an update of DiffusionNFT (old, reference, current; backward) and the update."""
+    """The bare passes of an update of DiffusionNFT (old without gradient, current with) and the update."""
     experience, update = one_update(parts)
+    assert isinstance(parts.method, DiffusionNFT)
+    views = ("old", "reference") if parts.method.kl > 0 else ("old",)
     parts.stack.micro_batch.size = 64
 
     def bare() -> None:
@@ -80,7 +83,7 @@ def update_pair(parts: Parts) -> tuple[Callable[[], Any], Callable[[], Any]]:
             latents, sigma = torch.randn(size, *parts.policy.latent_shape), torch.full((size,), 0.5)
             condition = experience.condition[torch.arange(size) % len(experience.condition)]
             with torch.no_grad():
-                for view in ("old", "reference"):
+                for view in views:
                     with parts.policy.weights.using(view):
                         bare_pass(parts, latents, sigma, condition)
             torch.autograd.backward(bare_pass(parts, latents, sigma, condition).square().mean())
