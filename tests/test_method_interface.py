@@ -81,7 +81,7 @@ def test_a_method_that_needs_a_gradient_refuses_a_reward_without_one(tiny_run: C
 
 def test_passes_are_counted_exactly(tiny_run: Compose) -> None:
     """8 images, 3 steps, KL on: 8 x 3 to sample, 8 x 2 x (old, current, reference) to train, 8 x 2 backward."""
-    parts = prepared(tiny_run, "diffusion_nft")
+    parts = prepared(tiny_run, "diffusion_nft", "overlay=none")
     one_step(parts)
     row = parts.ledger.row()
     assert (row["nfe"], row["backward"], row["images"], row["reward_calls"]) == (8 * 3 + 8 * 2 * 3, 8 * 2, 8, 8)
