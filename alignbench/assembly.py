@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignbench.configuration import embedded, for_domain, identity
 from alignbench.errors import ConfigError
-from alignbench.evaluation import Evaluator, Protocol, Samples
+from alignbench.evaluation import Evaluator, Protocol, Samples, tag_of
 from alignbench.ledger import Budget, Ledger
 from alignbench.methods.method import BatchSize, Method
 from alignbench.policies.policy import Policy
@@ -72,6 +72,12 @@ def assemble(config: DictConfig) -> Parts:
     identity(config)
     budget = Budget(config.budget)
     _check_fractions(config)
+    curve, final = _protocol(config.evaluation.curve), _protocol(config.evaluation.final)
+    if curve.name == final.name or curve.split != final.split:
+        raise ConfigError(
+            "evaluation.curve and evaluation.final need different names and one split, got "
+            f"{curve.name!r} on {curve.split} and {final.name!r} on {final.split}"
+        )
     domain = config.model.domain
     method = _method(config)
     processes = Processes(_device(config.device))
@@ -97,6 +103,7 @@ def assemble(config: DictConfig) -> Parts:
     policy: Policy = _instantiate(_plain(config.model.policy), device=device, seed=config.seed)
     for view in (*method.needs.views, "evaluation"):
         policy.add_view(view)
+    reward.check(prompts)
     ledger = Ledger(synchronise=torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None)
     stack = Stack(policy, reward, ledger, processes, micro_batch=config.micro_batch)
     return Parts(
@@ -106,8 +113,8 @@ def assemble(config: DictConfig) -> Parts:
         method=method,
         prompts=prompts,
         evaluator=_evaluator(config, stack),
-        curve=_protocol(config.evaluation.curve),
-        final=_protocol(config.evaluation.final),
+        curve=curve,
+        final=final,
         budget=budget,
         optimizer=_optimizer(config, policy),
     )
@@ -172,10 +179,20 @@ def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
         if domain in node
     }
     prompts = _prompts(config, config.evaluation.final.split)
+    stack.reward.check(prompts)
+    fewest = min(config.evaluation[name].images_per_tag for name in ("curve", "final"))
+    if fewest * len({tag_of(prompt) for prompt in prompts}) < stack.processes.count:
+        raise ConfigError(f"{stack.processes.count} processes but fewer evaluated images: raise images_per_tag")
     if not all(prompt.metadata.get("include") for prompt in prompts):
         scorers.pop("geneval", None)  # prompts of one's own have no GenEval records
     features = config.evaluation.features
-    return Evaluator(stack, prompts, scorers, features if features in scorers else None)
+    if features is not None and not hasattr(scorers.get(features), "embed_images"):
+        able = [name for name, scorer in scorers.items() if hasattr(scorer, "embed_images")]
+        raise ConfigError(
+            f"evaluation.features is {features!r}: it must be null or name a scorer with image embeddings "
+            f"({', '.join(able)})"
+        )
+    return Evaluator(stack, prompts, scorers, features)
 
 
 def _optimizer(config: DictConfig, policy: Policy) -> torch.optim.Optimizer:
@@ -205,6 +222,10 @@ def _check_fractions(config: DictConfig) -> None:
     fractions = list(config.evaluation.fractions)
     if fractions != sorted(set(fractions)) or not fractions or fractions[0] != 0 or fractions[-1] != 1:
         raise ConfigError(f"evaluation.fractions is {fractions}: they must increase from 0 to 1")
+    if not config.evaluation.average > 0:
+        raise ConfigError(f"evaluation.average is {config.evaluation.average}: a positive fraction of the budget")
+    if config.prompts.balance not in ("tag", "none"):
+        raise ConfigError(f"prompts.balance is {config.prompts.balance!r}: choose tag or none")
     if not 0 < config.checkpoint_every <= 1:
         raise ConfigError(f"checkpoint_every is {config.checkpoint_every}: a fraction of the budget in (0, 1]")
     if config.micro_batch < 1:

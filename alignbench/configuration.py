@@ -34,13 +34,17 @@ def identity(config: DictConfig) -> dict[str, Any]:
 def variant(overrides: Sequence[str]) -> str:
     """A short canonical name of the overrides that change a run's numbers, for its folder; "" if there are none.
 
-    ``method.algorithm.beta=0.1`` becomes ``beta=0.1``; long names end in a hash.
+    ``method.algorithm.beta=0.1`` becomes ``beta=0.1`` (the whole key where two overrides end alike); long names end in
+    a hash.
     """
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    last = [key.rsplit(".", 1)[-1] for key in keys]
     parts = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in CHOICES and key not in NOT_IDENTITY:
-            parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
+            short = key.rsplit(".", 1)[-1]
+            parts.append(f"{key if last.count(short) > 1 else short}={value}")
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(parts)))
     return name if len(name) <= 80 else f"{name[:60]}_{config_hash({'overrides': sorted(parts)})}"
 

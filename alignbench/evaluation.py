@@ -223,14 +223,20 @@ class Evaluator:
         """Mean squared velocity difference from the reference on the reference's own, noised samples."""
         assert self._reference is not None, "sample_reference comes first"
         x_0, noise, condition = self._reference
-        squares = []
-        for sigma in DRIFT_SIGMAS:
-            t = x_0.new_full((len(x_0),), sigma)
-            x_t = self.stack.policy.path.interpolate(x_0, noise, t)
-            v = self.stack.predict(x_t, t, condition, view=view)
-            v_ref = self.stack.predict(x_t, t, condition, view="reference")
-            squares.append((v - v_ref).square().flatten(1).mean(1))
-        return float(self.stack.processes.gather(torch.stack(squares, 1)).mean())
+
+        def chunk(rows: range) -> Tensor:
+            part, e, few = x_0[rows.start : rows.stop], noise[rows.start : rows.stop], condition[rows.start : rows.stop]
+            squares = []
+            for sigma in DRIFT_SIGMAS:
+                t = part.new_full((len(part),), sigma)
+                x_t = self.stack.policy.path.interpolate(part, e, t)
+                v = self.stack.predict(x_t, t, few, view=view)
+                v_ref = self.stack.predict(x_t, t, few, view="reference")
+                squares.append((v - v_ref).square().flatten(1).mean(1))
+            return torch.stack(squares, 1)
+
+        squares = torch.cat(self.stack.micro_batch.chunks(len(x_0), chunk))
+        return float(self.stack.processes.gather(squares).mean())
 
 
 def summarise(scores: Mapping[str, Tensor], samples: Samples) -> tuple[dict[str, float], dict[str, float]]:

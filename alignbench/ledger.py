@@ -8,6 +8,7 @@ never costs a method anything.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,6 +63,17 @@ class Ledger:
                 yield
             finally:
                 self.phase = outer
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Passes of an attempt that runs out of memory are wasted, not charged; the budget sees the one that works."""
+        before = copy(self.phases[self.phase])
+        try:
+            yield
+        except RuntimeError:
+            self.wasted_nfe += self.phases[self.phase].nfe - before.nfe
+            self.phases[self.phase] = before
+            raise
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -130,12 +142,14 @@ class Budget:
         limits: positive amounts by axis (see ``AXES``); None means no limit on that axis.
 
     Raises:
-        BudgetError: no axis is limited, or a limit is not positive.
+        BudgetError: no axis is limited, an axis is unknown, or a limit is not positive.
     """
 
     def __init__(self, limits: Mapping[str, float | None]) -> None:
         self.limits = {str(axis): float(limit) for axis, limit in limits.items() if limit is not None}
         for axis, limit in self.limits.items():
+            if axis not in AXES:
+                raise BudgetError(f"budget.{axis} is not counted; choose from {', '.join(AXES)}")
             if limit <= 0:
                 raise BudgetError(f"budget.{axis} is {limit:g}: it must be positive")
         if not self.limits:

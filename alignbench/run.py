@@ -27,6 +27,7 @@ from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
 
+BASE_SETTINGS = ("model", "reward", "prompts", "evaluation")  # what the base model's scores depend on
 CONSTANT_ITERATIONS = 3  # a reward that never varied over the first iterations teaches nothing: an error
 
 
@@ -126,6 +127,8 @@ class Loop:
         """Run until the budget is spent, from the last checkpoint if there is one."""
         self.parts.evaluator.sample_reference()
         self.restore()
+        if self.records is not None:
+            self.records.set_status("running", fraction=self.clock.fraction)
         if self.evaluations == 0:
             self.evaluate_at_start()
         saved = self.clock.fraction
@@ -181,7 +184,10 @@ class Loop:
                     sums.setdefault(name, []).append(value)
                 for name, value in largest.items():
                     sums.setdefault(f"{name}/largest", []).append(value)
-        trained = {name: sum(values) / len(values) for name, values in sums.items()}
+        trained = {
+            name: max(values) if name.endswith("/largest") else sum(values) / len(values)
+            for name, values in sums.items()
+        }
         trained |= {
             name.replace("/largest", "/first_update"): sums[name][0] for name in sums if name.endswith("/largest")
         }
@@ -302,9 +308,7 @@ class Loop:
             mine = read_run(self.records.folder)
             for folder in find_runs(self.records.folder.parent.parent):
                 other = read_run(folder)
-                same_settings = all(
-                    other.config.get(key) == mine.config[key] for key in ("model", "reward", "evaluation")
-                )
+                same_settings = all(other.config.get(key) == mine.config[key] for key in BASE_SETTINGS)
                 if (
                     folder == self.records.folder
                     or not same_settings
@@ -312,7 +316,8 @@ class Loop:
                 ):
                     continue
                 for row in other.evaluations:
-                    if (row["weights"], row["protocol_hash"], row["guidance"]) == ("base", protocol_hash, guidance):
+                    key = (row.get("weights"), row.get("protocol_hash"), row.get("guidance"))
+                    if key == ("base", protocol_hash, guidance) and (folder / row["grid"]).exists():
                         measured = {key: row[key] for key in ("metrics", "standard_errors", "cost")}
                         scores = json.loads((folder / row["scores"]).read_text())
                         found = measured, scores, (folder / row["grid"]).read_bytes(), str(folder)
@@ -347,7 +352,6 @@ class Loop:
                 tqdm.write(problem)
             cut = self.records.restore(checkpoint)["metrics.jsonl"]
             wasted = cut[-1]["ledger"]["nfe"] if cut else 0
-            self.records.set_status("running", fraction=self.clock.fraction)
         checkpoint = self.parts.processes.share(checkpoint)
         if checkpoint is None:
             self.parts.ledger.wasted_nfe += wasted
@@ -361,6 +365,8 @@ class Loop:
         self.clock = Clock(**state["clock"])
         self.evaluations, self.evaluated, self.varied = state["evaluations"], state["evaluated"], state["varied"]
         if self.records is not None:
+            for change in self.records.changes:
+                tqdm.write(f"since this run began, {change}")
             tqdm.write(f"{self.records.folder}: continuing at {100 * self.clock.fraction:.0f}% of the budget")
 
     # Accounts
@@ -388,8 +394,10 @@ class Loop:
 
 def environment(run: Mapping[str, Any]) -> list[Any]:
     """What must agree for two runs to compute the same numbers, beside their settings; a dirty checkout never does."""
-    clean = run["git"]["dirty"] is False
-    return [run[key] for key in ("git", "packages", "hardware", "threads", "processes")] + [None if clean else object()]
+    clean = run.get("git", {}).get("dirty") is False
+    return [run.get(key) for key in ("git", "packages", "hardware", "threads", "processes")] + [
+        None if clean else object()
+    ]
 
 
 def optimizer_tensors(parts: Parts) -> dict[str, torch.Tensor]:

@@ -42,10 +42,12 @@ class MicroBatch:
 
     Args:
         size: rows of one call to begin with.
+        ledger: takes back what a failed attempt was charged.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ledger: Ledger) -> None:
         self.size = size
+        self.ledger = ledger
 
     def halve(self) -> None:
         """Make the next calls half as large."""
@@ -60,7 +62,8 @@ class MicroBatch:
         while start < n:
             rows = range(start, min(n, start + self.size))
             try:
-                results.append(run(rows))
+                with self.ledger.attempt():
+                    results.append(run(rows))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or self.size == 1:
                     raise
@@ -93,7 +96,7 @@ class Stack:
         self.reward = reward
         self.ledger = ledger
         self.processes = processes
-        self.micro_batch = MicroBatch(micro_batch)
+        self.micro_batch = MicroBatch(micro_batch, ledger)
         self.flops = dict(policy.flops()) | {"denoiser_backward": self._backward_flops()}
         self._reward_flops: dict[str, float] = {}
 
@@ -169,7 +172,6 @@ class Stack:
         seeds: Sequence[int],
         *,
         step_seeds: Callable[[int, int], int] | None = None,
-        noise: Tensor | None = None,
         view: str = "current",
         reward: Reward | None = None,
         keep_images: bool = False,

@@ -31,7 +31,8 @@ def optimizer_step(
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         try:
-            sums, largest = accumulate(stack, method, update)
+            with stack.ledger.attempt():
+                sums, largest = accumulate(stack, method, update)
             break
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error) or stack.micro_batch.size == 1:

@@ -177,3 +177,31 @@ def test_prompt_files(tiny_run: Compose, tmp_path: Path, name: str, content: str
     with pytest.raises(DataError) as raised:
         run(tiny_run(f"prompts.path={path}"))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["+budget.seconds=60"], BudgetError, "budget.seconds is not counted; choose from flops, nfe"),
+        (["evaluation.average=0"], ConfigError, "evaluation.average is 0"),
+        (["evaluation.curve.name=final"], ConfigError, "need different names and one split"),
+        (["evaluation.curve.split=tuning"], ConfigError, "need different names and one split"),
+        (["evaluation.features=geneval"], ConfigError, "evaluation.features is 'geneval'"),
+        (["prompts.balance=tags"], ConfigError, "choose tag or none"),
+        (["method.algorithm.a_max=0"], ConfigError, "a_max is 0"),
+        (["method.algorithm.std=each"], ConfigError, "choose global or group"),
+        (["method=flow_grpo", "method.algorithm.ddof=2"], ConfigError, "ddof 2"),
+        (["method.batch.images=1"], ConfigError, "use 2 or more"),
+    ],
+)
+def test_values_that_would_fail_or_mislead_later(
+    tiny_run: Compose, overrides: list[str], error: type[AlignbenchError], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        run(tiny_run(*overrides))
+    assert message in str(raised.value)
+
+
+def test_a_reward_refuses_prompts_it_cannot_score_before_any_work(tiny_run: Compose) -> None:
+    with pytest.raises(DataError, match="has no GenEval record"):
+        run(tiny_run(reward="alignbench.rewards.geneval.reward.ExactSceneReward"))

@@ -97,3 +97,21 @@ def test_guided_passes_count_twice(tiny_run: Compose) -> None:
     row = parts.ledger.row()
     assert row["nfe"] == 2 * 8 * 3 + 2 * kept * 2
     assert row["backward"] == kept * 2  # the unconditional branch is detached
+
+
+def test_an_attempt_that_runs_out_of_memory_is_wasted_and_not_charged(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, starved = prepared(tiny_run, "diffusion_nft"), prepared(tiny_run, "diffusion_nft")
+    one_step(whole)
+    predict = type(starved.policy).predict
+
+    def scarce(self, latents, *arguments, **options):  # type: ignore[no-untyped-def]
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return predict(self, latents, *arguments, **options)
+
+    monkeypatch.setattr(type(starved.policy), "predict", scarce)
+    one_step(starved)
+    assert starved.ledger.row()["nfe"] == whole.ledger.row()["nfe"]
+    assert starved.ledger.wasted_nfe > 0

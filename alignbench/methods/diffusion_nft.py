@@ -112,6 +112,14 @@ class DiffusionNFT(Method):
         seed: int,
     ) -> None:
         super().__init__(sampler=sampler, batch=batch, seed=seed)
+        if a_max <= 0:
+            raise ConfigError(f"diffusion_nft: a_max is {a_max:g}; it must be positive (the paper uses 5)")
+        if std not in ("global", "group"):
+            raise ConfigError(f"diffusion_nft: std is {std!r}; choose global or group")
+        if batch.images < 2:
+            raise ConfigError(
+                f"diffusion_nft compares images of one prompt: method.batch.images is {batch.images}, use 2 or more"
+            )
         if beta <= 0:
             raise ConfigError(f"diffusion_nft: beta is {beta:g}; it must be positive (the paper uses 1.0 and 0.1)")
         if kl < 0:

@@ -57,6 +57,8 @@ class FlowGRPO(Method):
             raise ConfigError(f"flow_grpo: clip_range is {clip_range:g}; it must be positive (the paper uses 1e-4)")
         if kl < 0:
             raise ConfigError(f"flow_grpo: kl is {kl:g}; it must be 0 or more")
+        if std not in ("global", "group", "none") or ddof not in (0, 1):
+            raise ConfigError(f"flow_grpo: std is {std!r} and ddof {ddof}; choose global, group or none, and 0 or 1")
         if sampler.stochastic is None:
             raise ConfigError("flow_grpo needs log-probabilities: set method.rollout.stochastic to flow, dance or cps")
         if batch.images < 2:
@@ -100,7 +102,7 @@ class FlowGRPO(Method):
             yield Update(len(atoms), images * len(self.sampler.noisy_steps), batch)
 
     def prepare(self, stack: Stack, update: Update) -> None:
-        if not self.recompute_log_prob:
+        if not self.recompute_log_prob or not update.atoms:
             return
         with torch.no_grad():
             parts = stack.micro_batch.chunks(

@@ -47,10 +47,10 @@ def read_file(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path}: expected a .txt or .jsonl prompt file, got {path.suffix or 'no suffix'}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a UTF-8 prompt file ({error})") from error
-    if not lines:
+    if lines == [""]:
         raise DataError(f"{path}: no prompts in this file")
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):

@@ -21,6 +21,9 @@ class Reward(ABC):
     name: str
     differentiable: bool = False
 
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - optional
+        """Refuse prompts that cannot be scored, before any work (``DataError``)."""
+
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Score images.
@@ -52,6 +55,10 @@ class WeightedSum(Reward):
             raise ConfigError("every reward has weight 0: give at least one of them a positive weight")
         self.name = "+".join(self.parts)
         self.differentiable = all(reward.differentiable for reward, _ in self.parts.values())
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for reward, _ in self.parts.values():
+            reward.check(prompts)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         total = torch.zeros(len(prompts), device=images.device)

@@ -45,6 +45,11 @@ class _SceneReward(Reward):
         self._score = score
         self._detector = ShapesGenevalDetector()
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Every prompt needs a GenEval record of the embedded world; see ``scene_record``."""
+        for prompt in prompts:
+            scene_record(prompt)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Scores images as a user would see them, rounded to uint8; see :class:`Reward`.
 

@@ -1,0 +1,28 @@
+"""Names of variants: short, canonical, and different for different settings."""
+
+from alignbench.configuration import variant
+
+
+def test_only_what_changes_numbers_names_the_variant() -> None:
+    overrides = [
+        "method=flow_grpo",
+        "seed=3",
+        "results=/tmp/x",
+        "progress=false",
+        "method.algorithm.beta=0.1",
+        "budget.nfe=5",
+    ]
+    assert variant(overrides) == "beta=0.1,nfe=5"
+    assert variant(overrides[:4]) == ""
+
+
+def test_order_does_not_matter_and_equal_endings_keep_their_keys() -> None:
+    one = ["reward.parts.a.weight=0.5", "reward.parts.b.weight=0.2"]
+    other = ["reward.parts.a.weight=0.2", "reward.parts.b.weight=0.5"]
+    assert variant(one) == variant(one[::-1]) != variant(other)
+
+
+def test_long_and_odd_names_become_safe_folders() -> None:
+    name = variant([f"method.algorithm.x{i}=[1, 2, {i}/../]" for i in range(30)])
+    assert len(name) <= 80
+    assert "/" not in name
