@@ -320,7 +320,7 @@ class Loop:
                     if key == ("base", protocol_hash, guidance) and (folder / row["grid"]).exists():
                         measured = {key: row[key] for key in ("metrics", "standard_errors", "cost")}
                         scores = json.loads((folder / row["scores"]).read_text())
-                        found = measured, scores, (folder / row["grid"]).read_bytes(), str(folder)
+                        found = measured, scores, (folder / row["grid"]).read_bytes(), "/".join(folder.parts[-3:])
         return self.parts.processes.share(found)
 
     # Checkpoints
