@@ -79,7 +79,7 @@ class FlowGRPO(Method):
             "old_log_prob": rollout.trajectory.log_prob,
             "advantage": advantages.values[list(collected.ids)].to(rollout.latents),
         }
-        collected.kept = (~advantages.constant).nonzero().flatten().tolist()  # a constant group says nothing
+        collected.kept = advantages.values.nonzero().flatten().tolist()  # an advantage of zero says nothing
         collected.metrics |= {
             "constant_groups": advantages.constant_share,
             "kept_images": float(len(collected.kept)),
