@@ -317,7 +317,8 @@ class Loop:
                     continue
                 for row in other.evaluations:
                     key = (row.get("weights"), row.get("protocol_hash"), row.get("guidance"))
-                    if key == ("base", protocol_hash, guidance) and (folder / row["grid"]).exists():
+                    files = [folder / str(row.get(kind)) for kind in ("scores", "grid")]
+                    if key == ("base", protocol_hash, guidance) and all(file.is_file() for file in files):
                         measured = {key: row[key] for key in ("metrics", "standard_errors", "cost")}
                         scores = json.loads((folder / row["scores"]).read_text())
                         found = measured, scores, (folder / row["grid"]).read_bytes(), "/".join(folder.parts[-3:])

@@ -49,6 +49,11 @@ def test_the_base_is_evaluated_once_for_runs_that_would_repeat_it(
         assert (folders[1] / ours["grid"]).read_bytes() == (folders[0] / theirs["grid"]).read_bytes()
     assert second[3]["volatile"]["reused_from"] is None
 
+    (folders[0] / first[0]["scores"]).unlink()  # records are shared without some of their files
+    (folders[1] / second[0]["grid"]).unlink()
+    third = run(tiny_run("method=flow_grpo", "seed=1"))
+    assert json.loads((third / "evaluations.jsonl").read_text().splitlines()[0])["volatile"]["reused_from"] is None
+
 
 def test_tensorboard_shows_the_rows_and_the_grids(tiny_run: Compose) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
