@@ -16,7 +16,7 @@ def table(config: DictConfig, parts: Parts, folder: Path) -> str:
     """The plan as text; with ``dry_run`` it measures one model call to estimate the time."""
     method, processes = parts.method, parts.processes
     batch = method.batch
-    passes = method.passes_per_image()
+    cost = method.expected_cost()
     rows = [
         ("run", f"{config.method.name} on {reward_name(config)}, model {config.model.name}, seed {config.seed}"),
         ("results", str(folder)),
@@ -27,7 +27,13 @@ def table(config: DictConfig, parts: Parts, folder: Path) -> str:
             f"micro-batches of {parts.stack.micro_batch.size}",
         ),
     ]
-    rows += [(f"passes an image, {phase}", f"{count:g}") for phase, count in passes.items()]
+    rows.append(
+        (
+            "passes an iteration",
+            f"{cost.rollout:,.0f} to sample, {cost.training:,.0f} to train, {cost.backward:,.0f} backward",
+        )
+    )
+    rows.append(("images an iteration, decoded", f"{cost.images:,.0f}, with {cost.reward_calls:,.0f} reward calls"))
     flops = flops_per_iteration(parts)
     iterations = expected_iterations(parts, flops)
     rows += [
@@ -54,20 +60,23 @@ def table(config: DictConfig, parts: Parts, folder: Path) -> str:
 
 def flops_per_iteration(parts: Parts) -> float:
     """Expected FLOPs of an iteration's denoiser and decoder passes."""
-    passes, flops = parts.method.passes_per_image(), parts.stack.flops
-    forward = passes.get("rollout", 0) + passes.get("training", 0)
-    per_image = forward * flops["denoiser"] + passes.get("backward", 0) * flops["denoiser_backward"] + flops["decode"]
-    return parts.method.batch.total * per_image
+    cost, flops = parts.method.expected_cost(), parts.stack.flops
+    decodes = cost.images + BACKWARD * cost.images_with_gradient
+    return (
+        (cost.rollout + cost.training) * flops["denoiser"]
+        + cost.backward * flops["denoiser_backward"]
+        + decodes * flops["decode"]
+    )
 
 
 def expected_iterations(parts: Parts, flops: float) -> float | None:
     """How many iterations the budget allows; None if only its seconds are limited."""
-    total, passes = parts.method.batch.total, parts.method.passes_per_image()
+    cost = parts.method.expected_cost()
     costs = {
         "flops": flops,
-        "nfe": total * (passes.get("rollout", 0) + passes.get("training", 0)),
-        "images": total,
-        "reward_calls": total,
+        "nfe": cost.rollout + cost.training,
+        "images": cost.images,
+        "reward_calls": cost.reward_calls,
         "iterations": 1,
     }
     limits = [limit / costs[axis] for axis, limit in parts.budget.limits.items() if costs.get(axis)]
@@ -85,7 +94,6 @@ def seconds_per_iteration(parts: Parts) -> float:
         start = time.perf_counter()
         policy.predict(latents, sigma, condition)
         parts.ledger.synchronise()
-    passes = parts.method.passes_per_image()
-    forward = passes.get("rollout", 0) + passes.get("training", 0) + BACKWARD * passes.get("backward", 0)
-    rows = len(parts.processes.shard(parts.method.batch.total)) * forward
-    return (time.perf_counter() - start) / size * rows
+    cost = parts.method.expected_cost()
+    forward = cost.rollout + cost.training + BACKWARD * cost.backward
+    return (time.perf_counter() - start) / size * forward / parts.processes.count

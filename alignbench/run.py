@@ -140,7 +140,8 @@ class Loop:
                 if self.tracker is not None:
                     self.tracker.log(self.clock.iteration, numbers_of(row, "train"))
                 bar.update(100 * min(1.0, self.clock.fraction) - bar.n)
-                bar.set_postfix(reward=f"{row['reward']:.3f}", iteration=self.clock.iteration)
+                shown = "reward" if "reward" in row else "loss"
+                bar.set_postfix({shown: f"{row[shown]:.3f}", "iteration": self.clock.iteration})
                 self.evaluate_if_due()
                 stop = self.parts.processes.share(bool(stopping))
                 if stop or self.clock.fraction >= 1 or self.clock.fraction - saved >= self.config.checkpoint_every:
@@ -166,11 +167,16 @@ class Loop:
         """Collect, update, account; returns the iteration's row."""
         parts, method, ledger = self.parts, self.parts.method, self.parts.ledger
         prompts = draw(
-            parts.prompts, method.batch.prompts, self.config.seed, self.clock.iteration, self.config.prompts.balance
+            parts.prompts,
+            method.prompts_wanted(self.clock),
+            self.config.seed,
+            self.clock.iteration,
+            self.config.prompts.balance,
         )
         with ledger.during("rollout"):
             experience = method.collect(parts.stack, prompts, self.clock)
-        self._check_reward(experience.metrics["reward_std"])
+        if "reward_std" in experience.metrics:
+            self._check_reward(experience.metrics["reward_std"])
         sums: dict[str, list[float]] = {}
         with ledger.during("training"):
             for update in method.updates(experience, parts.stack, self.clock):

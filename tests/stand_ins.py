@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignbench.methods.method import Batch, BatchSize, Clock, Experience, Loss, Method, Needs, Update
+from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Method, Needs, Update
 from alignbench.methods.online import collect_images
 from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.reward import Reward
@@ -55,6 +55,9 @@ class _OneTime(Method):
                 return Batch(terms, experience.condition[index], prompts, chosen)
 
             yield Update(len(rows), images, batch)
+
+    def expected_cost(self) -> Cost:
+        raise NotImplementedError
 
     def errors(self, stack: Stack, batch: Batch, clean: Tensor, view: str = "current") -> Tensor:
         t = clean.new_full((len(clean),), 0.5)

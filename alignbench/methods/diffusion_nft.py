@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignbench.errors import ConfigError
 from alignbench.methods.advantages import group_advantages
-from alignbench.methods.method import Batch, BatchSize, Clock, Experience, Loss, Method, Needs, Update
+from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Method, Needs, Update
 from alignbench.methods.online import collect_images
 from alignbench.policies.policy import Policy
 from alignbench.prompts.prompt import Prompt
@@ -187,10 +187,12 @@ class DiffusionNFT(Method):
     def after_iteration(self, policy: Policy, clock: Clock) -> None:
         policy.blend("old", old_decay(clock.optimizer_steps, self.old_schedule))
 
-    def passes_per_image(self) -> dict[str, float]:
-        guidance = 1 if self.sampler.guidance == 1 else 2
-        return {
-            "rollout": guidance * self.sampler.steps,
-            "training": (3 if self.kl > 0 else 2) * self.times,
-            "backward": self.times,
-        }
+    def expected_cost(self) -> Cost:
+        images, guidance = self.batch.total, 1 if self.sampler.guidance == 1 else 2
+        return Cost(
+            rollout=images * guidance * self.sampler.steps,
+            training=images * (3 if self.kl > 0 else 2) * self.times,
+            backward=images * self.times,
+            images=images,
+            reward_calls=images,
+        )

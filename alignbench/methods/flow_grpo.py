@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignbench.errors import ConfigError
 from alignbench.methods.advantages import group_advantages
-from alignbench.methods.method import Batch, BatchSize, Clock, Experience, Loss, Method, Needs, Update
+from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Method, Needs, Update
 from alignbench.methods.online import collect_images
 from alignbench.methods.ppo import clip_fraction, ppo
 from alignbench.prompts.prompt import Prompt
@@ -145,12 +145,13 @@ class FlowGRPO(Method):
             metrics["kl"] = divergence.detach()
         return Loss(total, metrics, largest={"ratio_deviation": (rho.detach() - 1).abs().max()})
 
-    def passes_per_image(self) -> dict[str, float]:
-        branches = 1 if self.sampler.guidance == 1 else 2
+    def expected_cost(self) -> Cost:
+        images, branches = self.batch.total, 1 if self.sampler.guidance == 1 else 2
         steps = len(self.sampler.noisy_steps)
-        training = branches * steps * (1 + (self.kl > 0) + self.recompute_log_prob)
-        return {
-            "rollout": branches * self.sampler.steps,
-            "training": training,
-            "backward": steps * (1 if self.detach_uncond else branches),
-        }
+        return Cost(
+            rollout=images * branches * self.sampler.steps,
+            training=images * branches * steps * (1 + (self.kl > 0) + self.recompute_log_prob),
+            backward=images * steps * (1 if self.detach_uncond else branches),
+            images=images,
+            reward_calls=images,
+        )

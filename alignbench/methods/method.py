@@ -21,14 +21,12 @@ class Needs:
     """What a method asks of its surroundings; checked before any work.
 
     Attributes:
-        source: what an iteration starts from: ``"prompts"``, ``"pairs"`` or ``"images"``.
         parameterisations: model outputs the equations hold for: ``"velocity"``, ``"epsilon"``.
         differentiable_reward: the loss takes gradients through the reward.
         log_probabilities: the rollout must be stochastic.
         views: named weights to add beside ``current`` and ``reference``.
     """
 
-    source: str = "prompts"
     parameterisations: tuple[str, ...] = ("velocity",)
     differentiable_reward: bool = False
     log_probabilities: bool = False
@@ -80,6 +78,27 @@ class BatchSize:
         return self.prompts * self.images
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an iteration costs, over all processes; an upper bound where a method drops images.
+
+    Attributes:
+        rollout: denoiser forward passes of sampling, per sample; guidance counts two.
+        training: denoiser forward passes of losses and preparation, per sample.
+        backward: denoiser backward passes, per sample.
+        images: images decoded, with and without gradient.
+        images_with_gradient: those of them that are decoded with gradient.
+        reward_calls: images scored.
+    """
+
+    rollout: float = 0.0
+    training: float = 0.0
+    backward: float = 0.0
+    images: float = 0.0
+    images_with_gradient: float = 0.0
+    reward_calls: float = 0.0
+
+
 @dataclass
 class Experience:
     """What one iteration collected: one row per term (an image, an image at a step, a pair), on this process.
@@ -90,7 +109,8 @@ class Experience:
         prompts: prompt records of the rows.
         ids: global ids of the rows, the same for any number of processes.
         kept: global ids of the rows to learn from, over all processes.
-        metrics: numbers about the whole collection, for the records.
+        metrics: numbers about the whole collection, for the records; with ``reward_std``, the standard deviation of the
+            trained reward over the images, the loop notices a reward that never varies.
     """
 
     terms: dict[str, Tensor]
@@ -189,9 +209,13 @@ class Method(ABC):
     def after_iteration(self, policy: Policy, clock: Clock) -> None:  # noqa: B027 - optional
         """Called after the last optimizer step of an iteration."""
 
-    def passes_per_image(self) -> dict[str, float]:
-        """Denoiser forward passes per collected image, by phase, for the dry run."""
-        return {}
+    def prompts_wanted(self, clock: Clock) -> int:
+        """How many distinct prompts the next iteration collects from."""
+        return self.batch.prompts
+
+    @abstractmethod
+    def expected_cost(self) -> Cost:
+        """What an iteration costs, for the plan and the tests of the ledger."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the method must remember, as JSON values."""
@@ -199,6 +223,13 @@ class Method(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
         """Restore what ``state_dict`` returned."""
+
+    def artifact(self) -> dict[str, Tensor] | None:
+        """Tensors that are collected once and needed until the end (offline pairs); kept beside the checkpoints."""
+        return None
+
+    def load_artifact(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+        """Restore what ``artifact`` returned."""
 
     def parts(self, experience: Experience, clock: Clock) -> Iterator[tuple[list[int], int]]:
         """Split the kept rows at random into ``batch.updates`` parts, the same for any number of processes.
