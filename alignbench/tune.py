@@ -1,0 +1,125 @@
+"""`python -m alignbench.tune space.yaml`: tune several methods with equal effort.
+
+Every method gets the same number of trials, of the same budget, drawn from its own space of levels by a Latin
+hypercube: each level of each knob is tried equally often, up to rounding. Trials are ordinary runs, so finished ones
+are skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses; see
+``alignbench.report.tuning`` for what came out.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy.stats import qmc
+
+from alignbench.errors import AlignbenchError, ConfigError
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried.
+
+    Attributes:
+        experiment: the config of group ``experiment`` that every trial runs under: budget, evaluation, seed.
+        trials: of each method.
+        seed: of the design.
+        methods: by name: the reward it is tuned on (``reward``) and the ordered levels of its knobs (``knobs``), by
+            configuration key.
+    """
+
+    experiment: str
+    trials: int
+    seed: int
+    methods: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Space":
+        """Read a YAML file with the attributes as keys.
+
+        Raises:
+            ConfigError: unreadable, or a key is missing, unknown, or of another shape.
+        """
+        try:
+            space = cls(**yaml.safe_load(path.read_text()))
+            sizes = [len(levels) for method in space.methods.values() for levels in method["knobs"].values()]
+            assert all(isinstance(method["reward"], str) for method in space.methods.values())
+        except (OSError, yaml.YAMLError, TypeError, AttributeError, KeyError, AssertionError) as error:
+            raise ConfigError(
+                f"{path}: expected the keys experiment, trials, seed and methods, each method with a reward and knobs "
+                f"(configuration key: list of levels); {type(error).__name__}: {error}"
+            ) from error
+        if space.trials < 1 or not sizes or min(sizes) < 2:
+            raise ConfigError(f"{path}: needs trials of 1 or more and at least two levels for every knob")
+        return space
+
+    def design(self, method: str) -> list[dict[str, Any]]:
+        """The settings of a method's trials, in order: knob -> level.
+
+        Raises:
+            ConfigError: two trials would be the same.
+        """
+        knobs = self.methods[method]["knobs"]
+        points = qmc.LatinHypercube(len(knobs), optimization="random-cd", rng=self.seed).random(self.trials)
+        settings = [
+            {knob: levels[int(x * len(levels))] for (knob, levels), x in zip(knobs.items(), point, strict=True)}
+            for point in points.tolist()
+        ]
+        if any(settings.count(setting) > 1 for setting in settings):
+            raise ConfigError(f"{method}: two of {self.trials} trials are the same; change seed, or add levels")
+        return settings
+
+    def command(self, method: str, setting: Mapping[str, Any], results: Path) -> list[str]:
+        """The command that runs one trial."""
+        chosen = [f"{knob}={'null' if level is None else level}" for knob, level in setting.items()]
+        return [
+            *(sys.executable, "-m", "alignbench"),
+            *(f"experiment={self.experiment}", f"method={method}", f"reward={self.methods[method]['reward']}"),
+            *(f"results={results}", "progress=false"),
+            *chosen,
+        ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 if every trial finished, 1 if some failed (the others still run)."""
+    parser = argparse.ArgumentParser(prog="python -m alignbench.tune", description=__doc__)
+    parser.add_argument("space", type=Path, help="YAML file: experiment, trials, seed, methods with their knobs")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", help="some of the space's methods; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        space = Space.read(options.space)
+        unknown = [name for name in options.methods or () if name not in space.methods]
+        if unknown:
+            raise ConfigError(f"{options.space} has no method {unknown[0]!r}; it has: {', '.join(space.methods)}")
+        methods = options.methods or list(space.methods)
+        designs = {method: space.design(method) for method in methods}
+    except AlignbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    trials = [(method, designs[method][trial]) for trial in range(space.trials) for method in methods]
+
+    def run(number: int) -> bool:
+        method, setting = trials[number]
+        ended = subprocess.run(space.command(method, setting, options.results), capture_output=True, text=True)
+        done = ended.returncode == 0
+        shown = ", ".join(f"{knob.rsplit('.', 1)[-1]}={level}" for knob, level in setting.items())
+        last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"[{number + 1}/{len(trials)}] {method}: {shown}: {'done' if done else last}", flush=True)
+        return done
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        finished = list(pool.map(run, range(len(trials))))
+    if not all(finished):
+        print(f"{finished.count(False)} of {len(trials)} trials failed; the same command tries them again")
+    return 0 if all(finished) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
