@@ -48,12 +48,13 @@ test: lint  ## lint and every test but the long ones (15 minutes on 2 cores)
 soak: $(INSTALLED)  ## the long tests
 	@$(BIN)/python -m pytest -m soak
 
-# An environment that is made here gets the versions of constraints.txt; one that was there before keeps its own.
+# An environment that is made here gets the versions of constraints.txt; one that was there before keeps its own. The
+# mark comes first, so that what a failure leaves behind is made again instead of being taken for somebody's own.
 # Everything pip writes meanwhile lies inside the environment, so one look at the free disk is enough.
 $(INSTALLED): pyproject.toml constraints.txt
 	@set -e; \
 	place="$(dir $(abspath $(VENV)))"; \
-	if [ ! -x $(BIN)/python ]; then \
+	if [ ! -x $(BIN)/python ] || { [ -e $(MADE) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; }; then \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 			echo "[install] Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): try PYTHON=python3.12"; exit 1; }; \
 		mkdir -p "$$place"; \
@@ -61,8 +62,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		test "$$free" -ge $(GIGABYTES) || { \
 			echo "[install] $(VENV) needs $(GIGABYTES) GB but $$free GB are free: free some or choose another place, VENV=/path"; exit 1; }; \
 		echo "[install] $$free GB free; making $(VENV) with $$($(PYTHON) -V)"; \
+		mkdir -p $(VENV); touch $(MADE); rm -f $(BIN)/python*; \
 		$(PYTHON) -m venv $(VENV); \
-		touch $(MADE); \
 	fi; \
 	if [ -e $(MADE) ]; then versions="-c constraints.txt"; echo "[install] downloading 3 GB and installing 6 GB, a few minutes"; \
 	else versions=; echo "[install] adding to $(VENV) what it lacks"; fi; \

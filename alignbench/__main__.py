@@ -1,23 +1,22 @@
 """``python -m alignbench``: one run, or a sweep with ``-m``. Heavy imports wait until a run starts."""
 
+import logging
 import os
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from alignbench.configuration import CONF, explain
 from alignbench.errors import AlignbenchError
-
-PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> None:
     """One run of the composed configuration."""
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # notices of torchvision, not needed
     from alignbench.run import run
 
     run(config, overrides=list(HydraConfig.get().overrides.task))
@@ -29,8 +28,6 @@ def main() -> None:
     try:
         job()
     except HydraException as error:
-        from alignbench.configuration import explain
-
         sys.exit(f"alignbench: {explain(error, CONF)}")
     except AlignbenchError as error:
         sys.exit(f"alignbench: {error}")

@@ -1,24 +1,23 @@
 """The parts of a run, built from its configuration and checked against each other before any work."""
 
-import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
-import hydra
 import psutil
 import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
-from alignbench.configuration import embedded, for_domain, identity
+from alignbench import needs, optimizer, schema, settings
+from alignbench.configuration import embedded, for_domain, identity, target
 from alignbench.errors import ConfigError
 from alignbench.evaluation import Evaluator, Protocol, Samples, tag_of
 from alignbench.ledger import Budget, Ledger
@@ -32,6 +31,8 @@ from alignbench.rewards.reward import Reward, WeightedSum
 from alignbench.sampling.rollout import Sampler
 from alignbench.stack import Stack
 from alignbench.tracking import Tracker
+
+T = TypeVar("T")
 
 DOMAIN_PROMPTS = {"shapes": "shapes"}  # the prompt set that belongs to a domain
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "hydra-core", "numpy")
@@ -58,21 +59,32 @@ class Parts:
         return self.stack.ledger
 
 
-def assemble(config: DictConfig) -> Parts:
+def launched(config: DictConfig) -> Processes:
+    """The processes of the run, on GPUs where that is possible and not refused."""
+    return Processes("cuda" if config.get("device") != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
     """Build the parts of a run.
+
+    Args:
+        config: the composed configuration.
+        processes: of the run, if they are known already.
 
     Raises:
         ConfigError: parts that do not fit each other, impossible batch arithmetic, values out of range.
         CheckpointError, DataError, BudgetError: weights, prompts or limits that cannot be used.
     """
+    schema.check(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; device=cpu runs everything, slowly")
+    processes = processes or launched(config)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    identity(config)
     budget = Budget(config.budget)
-    _check_fractions(config)
-    curve, final = _protocol(config.evaluation.curve), _protocol(config.evaluation.final)
+    curve, final = (_build(Protocol, config.evaluation[name], f"evaluation.{name}") for name in ("curve", "final"))
     if curve.name == final.name or curve.split != final.split:
         raise ConfigError(
             "evaluation.curve and evaluation.final need different names and one split, got "
@@ -80,7 +92,7 @@ def assemble(config: DictConfig) -> Parts:
         )
     domain = config.model.domain
     method = _method(config)
-    processes = Processes(_device(config.device))
+    needs.check(config, method)
     if method.batch.total < processes.count:
         raise ConfigError(
             f"{method.batch.prompts} prompts x {method.batch.images} images = {method.batch.total} images for "
@@ -94,18 +106,20 @@ def assemble(config: DictConfig) -> Parts:
         )
     device = str(processes.device)
     rewards = {
-        name: (_instantiate(for_domain(part, domain, f"reward {name}"), device=device), float(part["weight"]))
+        name: (
+            _made(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", device=device),
+            float(part["weight"]),
+        )
         for name, part in _plain(config.reward.parts).items()
     }
     reward = WeightedSum(rewards) if len(rewards) > 1 else _single(rewards)
-    if method.needs.differentiable_reward and not reward.differentiable:
-        raise ConfigError(f"{config.method.name} takes gradients through the reward, but {reward.name} has none")
-    policy: Policy = _instantiate(_plain(config.model.policy), device=device, seed=config.seed)
+    policy: Policy = _made(config.model.policy, "model.policy", device=device, seed=config.seed)
     for view in (*method.needs.views, "evaluation"):
         policy.add_view(view)
     reward.check(prompts)
     ledger = Ledger(synchronise=torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None)
     stack = Stack(policy, reward, ledger, processes, micro_batch=config.micro_batch)
+    adamw = _plain(config.method.optimizer)
     return Parts(
         processes=processes,
         policy=policy,
@@ -116,37 +130,34 @@ def assemble(config: DictConfig) -> Parts:
         curve=curve,
         final=final,
         budget=budget,
-        optimizer=_optimizer(config, policy),
+        optimizer=optimizer.adamw(policy, **{name: adamw[name] for name in ("lr", "weight_decay", "betas", "eps")}),
     )
 
 
 def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True)
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, Container) else node
 
 
-def _instantiate(node: Mapping[str, Any], **more: Any) -> Any:
-    """Call ``_target_`` with the node's values, and with those of ``more`` that it takes.
+def _build(function: Callable[..., T], node: Any, where: str, **more: Any) -> T:
+    """Call a constructor with checked settings; see ``settings.construct``."""
+    return settings.construct(function, embedded(_plain(node)), where, **more)
 
-    Raises:
-        ConfigError: a setting that the target does not have.
-    """
-    target = hydra.utils.get_object(node["_target_"])
-    accepted = inspect.signature(target).parameters
-    values = {key: value for key, value in embedded(node).items() if key != "_target_"}
-    unknown = [key for key in values if key not in accepted]
-    if unknown:
-        raise ConfigError(f"{node['_target_']} has no setting {unknown[0]!r}; it has: {', '.join(accepted)}")
-    return target(**values | {key: value for key, value in more.items() if key in accepted})
+
+def _made(node: Any, where: str, **more: Any) -> Any:
+    """Call ``_target_`` with the node's other settings, and with those of ``more`` that it takes."""
+    plain = _plain(node)
+    return _build(target(plain, where), {key: plain[key] for key in plain if key != "_target_"}, where, **more)
 
 
 def _method(config: DictConfig) -> Method:
-    settings = _plain(config.method)
-    return _instantiate(  # type: ignore[no-any-return]
-        settings["algorithm"],
-        sampler=Sampler(**settings["rollout"]),
-        batch=BatchSize(**settings["batch"]),
+    method: Method = _made(
+        config.method.algorithm,
+        "method.algorithm",
+        sampler=_build(Sampler, config.method.rollout, "method.rollout"),
+        batch=_build(BatchSize, config.method.batch, "method.batch"),
         seed=config.seed,
     )
+    return method
 
 
 def _single(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
@@ -166,15 +177,10 @@ def _prompts(config: DictConfig, split: sets.Split) -> list[Prompt]:
     return sets.load(source, split, config.prompts.path)
 
 
-def _protocol(node: DictConfig) -> Protocol:
-    settings = _plain(node)
-    return Protocol(**settings | {"guidance": tuple(settings["guidance"])})
-
-
 def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
     domain = config.model.domain
     scorers = {
-        name: _instantiate(node[domain], device=str(stack.policy.device))
+        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(stack.policy.device))
         for name, node in _plain(config.evaluation.scorers).items()
         if domain in node
     }
@@ -195,43 +201,6 @@ def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
     return Evaluator(stack, prompts, scorers, features)
 
 
-def _optimizer(config: DictConfig, policy: Policy) -> torch.optim.Optimizer:
-    settings = config.method.optimizer
-    if settings.lr <= 0:
-        raise ConfigError(f"method.optimizer.lr is {settings.lr:g}; it must be positive")
-    return torch.optim.AdamW(
-        policy.trainable_parameters().values(),
-        lr=settings.lr,
-        betas=tuple(settings.betas),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not known; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device; device=cpu runs everything, slowly")
-    return str(name)
-
-
-def _check_fractions(config: DictConfig) -> None:
-    fractions = list(config.evaluation.fractions)
-    if fractions != sorted(set(fractions)) or not fractions or fractions[0] != 0 or fractions[-1] != 1:
-        raise ConfigError(f"evaluation.fractions is {fractions}: they must increase from 0 to 1")
-    if not config.evaluation.average > 0:
-        raise ConfigError(f"evaluation.average is {config.evaluation.average}: a positive fraction of the budget")
-    if config.prompts.balance not in ("tag", "none"):
-        raise ConfigError(f"prompts.balance is {config.prompts.balance!r}: choose tag or none")
-    if not 0 < config.checkpoint_every <= 1:
-        raise ConfigError(f"checkpoint_every is {config.checkpoint_every}: a fraction of the budget in (0, 1]")
-    if config.micro_batch < 1:
-        raise ConfigError(f"micro_batch is {config.micro_batch}: it must be 1 or more")
-
-
 def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
     """What the records say about each evaluation protocol, by its name, with its hash."""
     descriptions = {}
@@ -246,7 +215,7 @@ def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
 
 def tracker(config: DictConfig, folder: Path) -> Tracker | None:
     """The configured mirror of the records, or None."""
-    return _instantiate(_plain(config.tracker), folder=folder) if config.get("tracker") else None
+    return _made(config.tracker, "tracker", folder=folder) if config.get("tracker") else None
 
 
 def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:

@@ -1,34 +1,53 @@
-"""From a composed configuration to the objects of a run; everything that can be refused early is refused here."""
+"""Around a composed configuration: where it comes from, what identifies it, where its run goes, what is amiss."""
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignbench.errors import ConfigError
 from alignbench.records import config_hash
+from alignbench.settings import nearest
 
-# Where a run goes and how it is shown or batched; everything else decides its numbers.
-NOT_IDENTITY = ("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device")
+PACKAGE = Path(__file__).parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
+# Where a run goes, how it is shown or batched, what is allowed; everything else decides its numbers.
+NOT_IDENTITY = (
+    *("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device"),
+    "evaluation.published",
+)
 CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
 
 
-def identity(config: DictConfig) -> dict[str, Any]:
-    """The part of a configuration that decides a run's numbers, as plain data.
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain data, interpolations resolved.
 
     Raises:
         ConfigError: a mandatory value is missing or an interpolation leads nowhere.
     """
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from error
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in NOT_IDENTITY}
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that decides a run's numbers, as plain data."""
+
+    def part(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        deciding = {key: value for key, value in node.items() if f"{prefix}{key}" not in NOT_IDENTITY}
+        return {
+            key: part(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in deciding.items()
+        }
+
+    return part(plain(config))
 
 
 def variant(overrides: Sequence[str]) -> str:
@@ -75,6 +94,22 @@ def for_domain(node: Mapping[str, Any], domain: str, what: str) -> Any:
     return node[domain]
 
 
+def target(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """What ``_target_`` names.
+
+    Raises:
+        ConfigError: it is missing, or cannot be imported.
+    """
+    try:
+        found: Callable[..., Any] = hydra.utils.get_object(node["_target_"])
+    except KeyError as error:
+        raise ConfigError(f"{where}._target_ is missing: it must be the full name of a class") from error
+    except (ImportError, ValueError) as error:
+        reason = (error.__cause__ or error).args[0]
+        raise ConfigError(f"{where}._target_ is {node['_target_']}, which cannot be imported: {reason}") from error
+    return found
+
+
 def embedded(node: Any) -> Any:
     """Replace ``embedded:NAME`` by the folder of a checkpoint that is shipped with the package."""
     if isinstance(node, Mapping):
@@ -93,20 +128,11 @@ def explain(error: Exception, conf: Path) -> str:
     if choice := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         group, name = choice.groups()
         known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        return f"unknown {group} {name!r}.{_nearest(name, known)} Known: {', '.join(known)}"
+        return f"unknown {group} {name!r}.{nearest(name, known)} Known: {', '.join(known)}"
     if key := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '([^']+)' is not in struct", text):
         asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
-        return f"unknown setting {asked!r}.{_nearest(asked, _known_keys(conf))} --cfg job prints all of them"
+        return f"unknown setting {asked!r}.{nearest(asked, _known_keys(conf))} --cfg job prints all of them"
     return str(error)
-
-
-def _nearest(asked: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
-    if not close:
-        last = asked.rsplit(".", 1)[-1]
-        ends = {key.rsplit(".", 1)[-1]: key for key in known}
-        close = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5)]
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _known_keys(conf: Path) -> list[str]:

@@ -27,3 +27,7 @@ class RecordError(AlignbenchError):
 
 class BudgetError(AlignbenchError):
     """A budget is missing, negative or too small for one iteration."""
+
+
+class ProcessError(AlignbenchError):
+    """A process of the run has failed: its message, on every process."""

@@ -7,11 +7,10 @@ protocol is a named object; its hash stands beside every number.
 import io
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
-from typing import Protocol as Protocol_
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ from alignbench.errors import ConfigError
 from alignbench.policies.policy import Condition
 from alignbench.prompts.prompt import Prompt
 from alignbench.records import config_hash
-from alignbench.rewards.reward import Reward
+from alignbench.rewards.reward import EmbedsImages, Reward
 from alignbench.sampling.rollout import Sampler
 from alignbench.seeding import seed_of, seeds_of
-from alignbench.stack import Stack
+from alignbench.stack import POLICY, REWARD, Stack
 
 GRID_COLUMNS = 4  # images of a prompt in the sample grid
 GRID_ROWS_PER_TAG = 2
@@ -128,7 +127,7 @@ class Evaluation:
     Attributes:
         metrics: by name; a score's name alone is the unweighted mean over tags, ``name/tag`` one tag.
         standard_errors: of the score's means, clustered by prompt.
-        scores: per-image values for the records.
+        scores: per-image values for the records, and the prompts of the grid's rows.
         grid: PNG of a fixed set of prompts and noises, a row a prompt.
     """
 
@@ -136,13 +135,6 @@ class Evaluation:
     standard_errors: dict[str, float]
     scores: dict[str, Any]
     grid: bytes = field(repr=False)
-
-
-class EmbedsImages(Protocol_):
-    """A scorer whose image embeddings can measure diversity."""
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors ``[batch, features]`` of images in [0, 1]."""
 
 
 class Evaluator:
@@ -164,49 +156,77 @@ class Evaluator:
         self.features = cast(EmbedsImages, self.scorers[features]) if features else None
         self._reference: tuple[Tensor, Tensor, Condition] | None = None
 
-    def __call__(self, protocol: Protocol, *, view: str, guidance: float) -> Evaluation:
-        """Sample every image of the protocol with a view's weights and score it."""
+    def __call__(
+        self, protocol: Protocol, *, view: str, guidance: float, between: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        """Sample every image of the protocol with a view's weights and score it.
+
+        Images are scored as soon as a micro-batch of them is decoded; only those of the grid are kept. ``between`` is
+        called by all processes at the same points, one micro-batch apart; what it raises ends the evaluation.
+        """
         samples = Samples.choose(self.prompts, protocol.images_per_tag)
+        grid = grid_rows(samples)
+        shown = sorted({row for line in grid for row in line})
+        sampler = protocol.sampler(guidance)
+        local = self.stack.processes.shard(len(samples.rows))
+
+        def chunk(places: range) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+            rows = local[places.start : places.stop]
+            prompts = [samples.prompts[samples.rows[row][0]] for row in rows]
+            images_of = [samples.rows[row][1] for row in rows]
+            seeds = [
+                seed_of("evaluation noise", prompt.id, image) for prompt, image in zip(prompts, images_of, strict=True)
+            ]
+            images = self.stack.sample(prompts, sampler, seeds, view=view, keep_images=True, score=False).images
+            assert images is not None
+            scores = self._score(images, prompts, rows)
+            embeddings = None if self.features is None else self.stack.embed(images, self.features)
+            return scores, embeddings, images[[place for place, row in enumerate(rows) if row in shown]].cpu()
+
+        def of_block(places: range) -> list[tuple[dict[str, Tensor], Tensor | None, Tensor]]:
+            between()
+            return self.stack.micro_batch.chunks(len(places), lambda few: chunk(places[few.start : few.stop]))
+
         with self.stack.ledger.during("evaluation"), torch.no_grad(), undisturbed():
-            local = self.stack.processes.shard(len(samples.rows))
-            mine = [samples.rows[row] for row in local]
-            prompts = [samples.prompts[prompt] for prompt, _ in mine]
-            seeds = [seed_of("evaluation noise", samples.prompts[prompt].id, image) for prompt, image in mine]
-            rollout = self.stack.sample(
-                prompts, protocol.sampler(guidance), seeds, view=view, keep_images=True, score=False
-            )
-            assert rollout.images is not None
-            scores, embeddings = self._score(rollout.images, prompts)
             gather = self.stack.processes.gather
-            scores = {name: gather(values).double().cpu() for name, values in scores.items()}
-            images = gather(rollout.images).cpu()
+            blocks = self.stack.processes.rounds(len(samples.rows), self.stack.micro_batch.largest)
+            parts = [part for block in blocks for part in of_block(block)]
+            scores = {name: gather(torch.cat([part[0][name] for part in parts])).double().cpu() for name in parts[0][0]}
             metrics, errors = summarise(scores, samples)
-            if embeddings is not None:
-                metrics["diversity"] = diversity(gather(embeddings).cpu(), samples)
+            embeddings = [part[1] for part in parts if part[1] is not None]
+            if embeddings:
+                metrics["diversity"] = diversity(gather(torch.cat(embeddings)).cpu(), samples)
+            images = gather(torch.cat([part[2] for part in parts]))
             metrics["drift"] = self._drift(view)
+        of_row = [samples.prompts[samples.rows[line[0]][0]] for line in grid]
         table = {
             "prompt_ids": [prompt.id for prompt in samples.prompts],
             "tags": [tag_of(prompt) for prompt in samples.prompts],
             "images": np.bincount([prompt for prompt, _ in samples.rows]).tolist(),
+            "grid": [{"id": prompt.id, "prompt": prompt.text} for prompt in of_row],
             "metrics": {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()},
         }
-        return Evaluation(metrics, errors, table, picture(images, samples))
+        return Evaluation(metrics, errors, table, picture(dict(zip(shown, images, strict=True)), grid))
 
-    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Scores of all scorers and of the trained reward, and the embeddings that measure diversity."""
+    def _score(self, images: Tensor, prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Scores of the trained reward and of all scorers."""
+        scores = {"reward": self.stack.score(images, prompts, ids=rows)["reward"]}
+        for name, scorer in self.scorers.items():
+            for key, values in self.stack.score(images, prompts, reward=scorer, ids=rows).items():
+                scores[name if key == "reward" else key] = values
+        return scores
 
-        def chunk(rows: range) -> tuple[dict[str, Tensor], Tensor | None]:
-            part, few = images[rows.start : rows.stop], prompts[rows.start : rows.stop]
-            scores = {"reward": self.stack.score(part, few)["reward"]}
-            for name, scorer in self.scorers.items():
-                for key, values in self.stack.score(part, few, reward=scorer).items():
-                    scores[name if key == "reward" else key] = values
-            return scores, None if self.features is None else self.features.embed_images(part)
-
-        parts = self.stack.micro_batch.chunks(len(prompts), chunk)
-        scores = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-        embeddings = [part[1] for part in parts if part[1] is not None]
-        return scores, torch.cat(embeddings) if embeddings else None
+    def repeat(self, protocol: Protocol, *, guidance: float, cost: Mapping[str, int]) -> None:
+        """Charge an evaluation that another run has recorded as if it were made here, texts included."""
+        ledger = self.stack.ledger
+        texts = [prompt.text for prompt in Samples.choose(self.prompts, protocol.images_per_tag).prompts]
+        with ledger.during("evaluation"):
+            if self.stack.processes.main:
+                ledger.count(**cost)
+            for reader in (POLICY, REWARD, *(scorer.name for scorer in self.scorers.values())):
+                ledger.read(reader, texts, 0)  # in the cost already
+            if guidance != 1.0:
+                ledger.read(POLICY, [""], 0)
 
     def sample_reference(self) -> None:
         """Draw the base model's samples on which drift is measured; before the first evaluation, once a process."""
@@ -278,21 +298,30 @@ def diversity(embeddings: Tensor, samples: Samples) -> float:
     return float(torch.stack(distances).mean()) if distances else 0.0
 
 
-def picture(images: Tensor, samples: Samples) -> bytes:
-    """PNG of the first prompts of every tag, a row a prompt, a column a noise."""
+def grid_rows(samples: Samples) -> list[list[int]]:
+    """Rows of the images in the sample grid: the first prompts of every tag, ``GRID_COLUMNS`` noises of each.
+
+    A prompt with fewer images shows its last one again.
+    """
     shown: dict[str, list[int]] = {}
     for index, record in enumerate(samples.prompts):
         shown.setdefault(tag_of(record), []).append(index)
     first = {of: row for row, (of, image) in enumerate(samples.rows) if image == 0}
-    count = np.bincount([prompt for prompt, _ in samples.rows])
-    strips = []
-    for members in shown.values():
-        for prompt in members[:GRID_ROWS_PER_TAG]:
-            rows = [first[prompt] + min(column, count[prompt] - 1) for column in range(GRID_COLUMNS)]
-            strips.append(
-                torch.cat([torch.nn.functional.pad(images[row], (1, 1, 1, 1), value=1.0) for row in rows], dim=2)
-            )
-    pixels = (torch.cat(strips, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    count = np.bincount([prompt for prompt, _ in samples.rows]).tolist()
+    return [
+        [first[prompt] + min(column, count[prompt] - 1) for column in range(GRID_COLUMNS)]
+        for members in shown.values()
+        for prompt in members[:GRID_ROWS_PER_TAG]
+    ]
+
+
+def picture(images: Mapping[int, Tensor], grid: Sequence[Sequence[int]]) -> bytes:
+    """PNG of images ``[3, height, width]`` in [0, 1] by row of the samples: a line a prompt, a column a noise."""
+    lines = [
+        torch.cat([torch.nn.functional.pad(images[row], (1, 1, 1, 1), value=1.0) for row in line], dim=2)
+        for line in grid
+    ]
+    pixels = (torch.cat(lines, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,13 +1,14 @@
 """The cost of a run, counted where it is spent, and the budget that ends it.
 
-Counts are per sample: a guided prediction counts two passes, every replay, branch and reference pass counts. FLOPs are
-measured once per kind of pass and multiplied by the counts. Three phases have clocks of their own, so that evaluation
-never costs a method anything.
+Counts are whole numbers, per sample: a guided prediction counts two passes, every replay, branch and reference pass
+counts. FLOPs are measured once per kind of pass and multiplied by the counts. Three phases have clocks of their own, so
+that evaluation never costs a method anything.
 """
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class Counts:
         reward_calls: images scored.
     """
 
-    flops: float = 0.0
+    flops: int = 0
     nfe: int = 0
     backward: int = 0
     images: int = 0
@@ -45,11 +46,15 @@ class Ledger:
 
     Args:
         synchronise: called before the clock is read, so that queued device work is included.
+
+    Attributes:
+        texts: FLOPs of every text that was read, by ``phase/reader/digest of the text``; not part of ``phases``.
     """
 
     synchronise: Callable[[], None] = lambda: None
     phases: dict[str, Counts] = field(default_factory=lambda: {phase: Counts() for phase in PHASES})
     seconds: dict[str, float] = field(default_factory=lambda: {"reward": 0.0} | dict.fromkeys(PHASES, 0.0))
+    texts: dict[str, int] = field(default_factory=dict)
     optimizer_steps: int = 0
     wasted_nfe: int = 0
     phase: str = "rollout"
@@ -66,13 +71,13 @@ class Ledger:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Passes of an attempt that runs out of memory are wasted, not charged; the budget sees the one that works."""
-        before = copy(self.phases[self.phase])
+        """Passes of an attempt that fails or is stopped are wasted, not charged; the budget sees the one that works."""
+        before, texts = copy(self.phases[self.phase]), dict(self.texts)
         try:
             yield
-        except RuntimeError:
+        except BaseException:
             self.wasted_nfe += self.phases[self.phase].nfe - before.nfe
-            self.phases[self.phase] = before
+            self.phases[self.phase], self.texts = before, texts
             raise
 
     @contextmanager
@@ -86,9 +91,25 @@ class Ledger:
             self.synchronise()
             self.seconds[name] += time.perf_counter() - start
 
-    def count(
-        self, *, flops: float = 0.0, nfe: int = 0, backward: int = 0, images: int = 0, reward_calls: int = 0
-    ) -> None:
+    def scoring(self) -> AbstractContextManager[None]:
+        """Time a reward call, a share of the phase that makes it; evaluation's calls are on its own clock alone."""
+        return self.timed("reward") if self.phase in METHOD_PHASES else nullcontext()
+
+    def read(self, reader: str, texts: Iterable[str], flops: int) -> None:
+        """Charge a text encoder's pass over each text: once for the method (to ``rollout``), once for evaluation.
+
+        Encoders keep what they have encoded, but neither of the two gets a text for nothing because the other one,
+        another process or the run before an interruption has read it: none of them changes what a run is charged.
+
+        Args:
+            reader: names the encoder.
+            flops: of one text.
+        """
+        phase = "evaluation" if self.phase == "evaluation" else "rollout"
+        for text in dict.fromkeys(texts):
+            self.texts.setdefault(f"{phase}/{reader}/{hashlib.sha256(text.encode()).hexdigest()[:16]}", flops)
+
+    def count(self, *, flops: int = 0, nfe: int = 0, backward: int = 0, images: int = 0, reward_calls: int = 0) -> None:
         """Charge passes to the current phase."""
         counts = self.phases[self.phase]
         counts.flops += flops
@@ -97,15 +118,27 @@ class Ledger:
         counts.images += images
         counts.reward_calls += reward_calls
 
+    def _joined(self, join: Join) -> tuple[dict[str, Counts], dict[str, int]]:
+        """``phases`` and ``texts`` over all processes; a text that several of them read counts once."""
+        flat = {f"{phase}/{name}": n for phase, counts in self.phases.items() for name, n in asdict(counts).items()}
+        joined = join(flat)
+        phases = {
+            phase: Counts(**{name: int(joined[f"{phase}/{name}"]) for name in asdict(Counts())})
+            for phase in self.phases
+        }
+        flops, readers = join(dict(self.texts)), join(dict.fromkeys(self.texts, 1))
+        return phases, {text: int(flops[text] // readers[text]) for text in flops}
+
     def row(self, join: Join = lambda values: values) -> dict[str, Any]:
         """The method's cumulative cost (evaluation apart), as it stands in the records.
 
         Args:
             join: adds named numbers over all processes.
         """
-        flat = {f"{phase}.{name}": n for phase, counts in self.phases.items() for name, n in asdict(counts).items()}
-        joined = join(flat)
-        phases = {phase: {name: joined[f"{phase}.{name}"] for name in asdict(Counts())} for phase in self.phases}
+        counts, texts = self._joined(join)
+        for text, flops in texts.items():
+            counts[text.partition("/")[0]].flops += flops
+        phases = {phase: asdict(each) for phase, each in counts.items()}
         total = {name: sum(phases[phase][name] for phase in METHOD_PHASES) for name in asdict(Counts())}
         return total | {"optimizer_steps": self.optimizer_steps, "phases": phases}
 
@@ -116,9 +149,10 @@ class Ledger:
 
     def state_dict(self, join: Join = lambda values: values) -> dict[str, Any]:
         """All counts, over all processes; the seconds are this process's."""
-        row = self.row(join)
+        phases, texts = self._joined(join)
         return {
-            "phases": row["phases"],
+            "phases": {phase: asdict(counts) for phase, counts in phases.items()},
+            "texts": texts,
             "optimizer_steps": self.optimizer_steps,
             "volatile": {"seconds": dict(self.seconds), "wasted_nfe": self.wasted_nfe},
         }
@@ -130,6 +164,7 @@ class Ledger:
         """
         preparing = sum(counts.nfe for counts in self.phases.values())
         self.phases = {phase: Counts(**counts) if main else Counts() for phase, counts in state["phases"].items()}
+        self.texts = dict(state["texts"]) if main else {}
         self.wasted_nfe = preparing + (state["volatile"]["wasted_nfe"] if main else 0)
         self.optimizer_steps = state["optimizer_steps"]
         self.seconds = dict(state["volatile"]["seconds"])

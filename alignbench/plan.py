@@ -1,5 +1,6 @@
 """The plan of a run, printed before it starts: batches, passes, memory, time, and where results go."""
 
+import math
 import time
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from omegaconf import DictConfig
 
 from alignbench.assembly import Parts
 from alignbench.configuration import reward_name
+from alignbench.errors import BudgetError
 
 BACKWARD = 2.0  # a backward pass takes about as long as two forward passes
+LARGEST_ITERATION = 0.05  # of the budget, for curves that are published
 
 
 def table(config: DictConfig, parts: Parts, folder: Path) -> str:
@@ -43,7 +46,7 @@ def table(config: DictConfig, parts: Parts, folder: Path) -> str:
     if iterations is not None:
         share = 100 / iterations
         rows.append(("iterations", f"about {iterations:.0f}; one is {share:.1f}% of the budget"))
-        if share > 5:
+        if share > 100 * LARGEST_ITERATION:
             rows.append(("warning", "an iteration above 5% of the budget makes coarse curves; raise the budget"))
     if config.dry_run:
         weights = sum(p.numel() * p.element_size() for p in parts.policy.trainable_parameters().values())
@@ -71,16 +74,46 @@ def flops_per_iteration(parts: Parts) -> float:
 
 def expected_iterations(parts: Parts, flops: float) -> float | None:
     """How many iterations the budget allows; None if only its seconds are limited."""
+    costs = expected_costs(parts, flops)
+    limits = [limit / costs[axis] for axis, limit in parts.budget.limits.items() if costs.get(axis)]
+    return min(limits) if limits else None
+
+
+def expected_costs(parts: Parts, flops: float) -> dict[str, float]:
+    """What an iteration costs on each axis of the budget but its seconds."""
     cost = parts.method.expected_cost()
-    costs = {
+    return {
         "flops": flops,
         "nfe": cost.rollout + cost.training,
         "images": cost.images,
         "reward_calls": cost.reward_calls,
         "iterations": 1,
     }
-    limits = [limit / costs[axis] for axis, limit in parts.budget.limits.items() if costs.get(axis)]
-    return min(limits) if limits else None
+
+
+def check_budget(config: DictConfig, parts: Parts) -> None:
+    """Refuse a budget that ends within an iteration, and one of fewer than 20 iterations for published curves.
+
+    Raises:
+        BudgetError: names the cost of an iteration and the budget that would do.
+    """
+    costs = expected_costs(parts, flops_per_iteration(parts))
+    wanted = LARGEST_ITERATION if config.evaluation.published else 1.0
+    for axis, limit in parts.budget.limits.items():
+        cost = costs.get(axis, 0.0)
+        if cost > wanted * limit * (1 + 1e-9):
+            asked = f"published curves need {1 / wanted:.0f} iterations" if wanted < 1 else "a run needs one"
+            instead = "evaluation.published=false for a trial" if cost <= limit else "a smaller method.batch"
+            raise BudgetError(
+                f"an iteration costs {cost:.3g} {axis}, {100 * cost / limit:.1f}% of budget.{axis}={limit:.4g}, but "
+                f"{asked}: budget.{axis}={rounded_up(cost / wanted):.4g} would do, or {instead}"
+            )
+
+
+def rounded_up(value: float) -> float:
+    """To two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(round(value / unit, 9)) * unit
 
 
 def seconds_per_iteration(parts: Parts) -> float:

@@ -6,6 +6,7 @@
     evaluations.jsonl            a row an evaluation, appended
     scores/*.json  images/*.png  per-image scores and sample grids of evaluations
     checkpoints/step_<n>/        *.safetensors, state.json and COMPLETE, a marker with the hash of every file
+    artifacts/*.safetensors      tensors that many checkpoints share; their names hold their hash
 
 `RunDirectory` writes (one process at a time, strictly), `read_run` reads (any number, tolerantly).
 """
@@ -20,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ _fsync = os.fsync
 _truncate = os.ftruncate
 _replace = os.replace
 _rmtree = shutil.rmtree
+_unlink = os.unlink
 
 _SPENT = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another results folder"),
@@ -92,8 +94,8 @@ def _write_new(path: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = _open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = _open(path, os.O_RDONLY)
     try:
         _fsync(descriptor)
     finally:
@@ -110,7 +112,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         _write_new(temporary, data.encode() if isinstance(data, str) else data)
         with _writing(path):
             _replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # gone after success; otherwise the error above says more
             temporary.unlink()
@@ -351,7 +353,7 @@ class RunDirectory:
             finally:
                 os.close(descriptor)
             if is_new:
-                _sync_folder(self.folder)
+                _sync(self.folder)
 
     def write_scores(self, name: str, data: Mapping[str, Any]) -> str:
         """Write scores/<name>.json and return that path, relative to the run, for the evaluation's row."""
@@ -391,10 +393,10 @@ class RunDirectory:
                     _write_new(building / name, data)
                     marker["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 _write_new(building / "COMPLETE", _dump(marker, "COMPLETE", indent=1))
-                _sync_folder(building)
+                _sync(building)
                 _discard(final)
                 _replace(building, final)
-                _sync_folder(final.parent)
+                _sync(final.parent)
             finally:
                 shutil.rmtree(building, ignore_errors=True)  # gone after success
             self._prune(step)
@@ -406,6 +408,64 @@ class RunDirectory:
         for step, folder in folders.items():
             if step not in kept:
                 _discard(folder)
+
+    def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
+        """Replace the folder <name> by what ``write`` puts into the one it is given: all of it, or nothing changes."""
+        from safetensors import SafetensorError
+
+        final = self.folder / _file_name(name)
+        building = final.with_name(f".{name}.building")
+        with _writing(final):
+            try:
+                _mkdir(building)
+                write(building)
+                for path in sorted(building.rglob("*")):
+                    _sync(path)
+                _sync(building)
+                _discard(final)
+                _replace(building, final)
+                _sync(final.parent)
+            except SafetensorError as error:  # how safetensors tells of a full disk
+                raise RecordError(f"cannot write {final}: {error}; files written before are intact.") from error
+            finally:
+                shutil.rmtree(building, ignore_errors=True)  # gone after success
+
+    def write_artifact(self, name: str, tensors: "Mapping[str, Tensor]") -> str:
+        """Write artifacts/<name>-<SHA-256>.safetensors, unless it is there, and return that path, relative to the run.
+
+        A checkpoint's state that holds the path finds these tensors again, and no others.
+        """
+        from safetensors.torch import save
+
+        data = save(_on_cpu(tensors))
+        relative = f"artifacts/{_file_name(name)}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        return relative if (self.folder / relative).exists() else self._attach(relative, data)
+
+    def prune_artifacts(self) -> None:
+        """Delete the artifacts that no checkpoint's state names."""
+        with _writing(self.folder / "artifacts"):
+            states = [path.read_bytes() for path in self.folder.glob("checkpoints/step_*/state.json")]
+            for path in self.folder.glob("artifacts/*.safetensors"):
+                if not any(path.name.encode() in state for state in states):
+                    _unlink(path)
+
+    @staticmethod
+    def load_artifact(folder: Path, relative: str) -> "dict[str, Tensor]":
+        """Tensors of an artifact of the run in `folder`, on the CPU. Needs no lock: every process may call it.
+
+        Raises CheckpointError if the file is missing or has changed.
+        """
+        from safetensors.torch import load
+
+        path = folder / relative
+        remedy = "restore the file, or delete the run's folder to start again"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} is missing, and the run cannot continue without it; {remedy}.") from error
+        if hashlib.sha256(data).hexdigest() != path.stem.rpartition("-")[2]:
+            raise CheckpointError(f"{path} has changed: its SHA-256 is not the one in its name; {remedy}.")
+        return load(data)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole and whose rows are all there; each one passed over adds to `problems`."""

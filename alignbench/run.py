@@ -1,11 +1,10 @@
 """One run from configuration to records: the loop, on one page."""
 
-import json
 import math
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,19 +14,19 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from alignbench import assembly, plan
+from alignbench import assembly, base_evaluation, optimizer, plan
 from alignbench.assembly import Parts
 from alignbench.configuration import identity, reward_name, run_folder, variant
 from alignbench.errors import AlignbenchError, RecordError, RewardError
 from alignbench.evaluation import Protocol
 from alignbench.methods.method import Clock
+from alignbench.processes import Stopped
 from alignbench.prompts.sets import draw
-from alignbench.records import Checkpoint, RunDirectory, Status, find_runs, read_run
+from alignbench.records import Checkpoint, RunDirectory, Status
 from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
 
-BASE_SETTINGS = ("model", "reward", "prompts", "evaluation")  # what the base model's scores depend on
 CONSTANT_ITERATIONS = 3  # a reward that never varied over the first iterations teaches nothing: an error
 
 
@@ -44,32 +43,48 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     Raises:
         AlignbenchError: whatever a user can act on; the status file says the same.
     """
-    folder = run_folder(config, overrides)
-    parts = assembly.assemble(config)
-    print(plan.table(config, parts, folder), flush=True) if parts.processes.main else None
-    if config.dry_run:
-        return folder
-    described = assembly.describe(config, parts) | {"variant": variant(overrides), "reward": reward_name(config)}
-    main = parts.processes.main
-    with RunDirectory.open(folder, config=identity(config), run=described) if main else nullcontext() as records:
-        if parts.processes.share(records is not None and records.status.get("status") == "done"):
-            print(f"{folder}: already done, skipped")
+    processes = assembly.launched(config)
+    with processes.together():
+        parts = assembly.assemble(config, processes)
+        folder = run_folder(config, overrides)
+        if processes.main:
+            print(plan.table(config, parts, folder), flush=True)
+        plan.check_budget(config, parts)
+        if config.dry_run:
             return folder
-        tracker = assembly.tracker(config, folder) if main else None
+        described = assembly.describe(config, parts) | {"variant": variant(overrides), "reward": reward_name(config)}
+        with (
+            RunDirectory.open(folder, config=identity(config), run=described) if processes.main else nullcontext()
+        ) as records:
+            if processes.share(records is not None and records.status.get("status") == "done"):
+                if records is not None:
+                    changed = [change for change in records.changes if change.startswith("git.")]
+                    since = f"; warning: it was made by other code ({', '.join(changed)})" if changed else ""
+                    print(f"{folder}: already done, skipped{since}")
+            else:
+                carry_out(config, parts, records)
+    return folder
+
+
+def carry_out(config: DictConfig, parts: Parts, records: RunDirectory | None) -> None:
+    """Run the loop; whatever ends it stands in the records."""
+    tracker = None
+    with stop_requested(tell=parts.processes.main) as stopping:
         try:
-            with stop_requested() as stopping:
-                Loop(config, parts, records, tracker).go(stopping)
+            tracker = assembly.tracker(config, records.folder) if records is not None else None
+            Loop(config, parts, records, tracker, stopping).go()
         except BaseException as error:
+            status, message = verdict(error)
             if records is not None:
                 with suppress(RecordError):  # a full disk: what stopped the run says more
-                    records.set_status(*verdict(error))
-            if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise AlignbenchError(verdict(error)[1]) from error
+                    wasted = max(parts.ledger.wasted_nfe, wasted_before(records))
+                    records.set_status(status, message, volatile={"wasted_nfe": wasted})
+            if status == "out_of_memory":
+                raise AlignbenchError(message) from error
             raise
         finally:
             if tracker is not None:
                 tracker.close()
-    return folder
 
 
 def verdict(error: BaseException) -> tuple[Status, str]:
@@ -84,16 +99,25 @@ def verdict(error: BaseException) -> tuple[Status, str]:
     return "failed", str(error) if isinstance(error, AlignbenchError) else f"{type(error).__name__}: {error}"
 
 
+def wasted_before(records: RunDirectory) -> int:
+    """The passes that earlier attempts at this run have wasted, by its status."""
+    return int(records.status.get("volatile", {}).get("wasted_nfe", 0))
+
+
 @contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """Turn the first Ctrl-C (or SIGTERM) into an entry of the returned list; a second one interrupts at once."""
+def stop_requested(*, tell: bool) -> Iterator[list[int]]:
+    """Turn the first Ctrl-C (or SIGTERM) into an entry of the returned list; a second Ctrl-C interrupts at once.
+
+    A second SIGTERM does not: launchers pass on what their processes got already.
+    """
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if tell and not received:
+            print("\nstopping as soon as the run can be continued (Ctrl-C: at once)", file=sys.stderr, flush=True)
         received.append(number)
-        print("\nstopping after this iteration (again: at once)", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -111,26 +135,49 @@ class Loop:
         parts: what it was assembled to.
         records: the run's directory; None on processes that do not write.
         tracker: where else the rows are shown; None for nowhere.
+        stopping: not empty once this process was asked to stop.
     """
 
     def __init__(
-        self, config: DictConfig, parts: Parts, records: RunDirectory | None, tracker: Tracker | None = None
+        self,
+        config: DictConfig,
+        parts: Parts,
+        records: RunDirectory | None,
+        tracker: Tracker | None,
+        stopping: Sequence[int],
     ) -> None:
-        self.config, self.parts, self.records, self.tracker = config, parts, records, tracker
+        self.config, self.parts, self.records, self.tracker, self.stopping = config, parts, records, tracker, stopping
         self.clock = Clock()
         self.evaluations = 0  # rows written
         self.evaluated = 0.0  # last fraction of the budget that has been evaluated
+        self.finished = 0  # evaluations made after the budget was spent
         self.varied = False  # whether the reward has ever differed between images
         self.protocols = assembly.protocols(config, parts)
 
-    def go(self, stopping: Sequence[int]) -> None:
-        """Run until the budget is spent, from the last checkpoint if there is one."""
+    def go(self) -> None:
+        """Run until the budget is spent, from the last checkpoint if there is one.
+
+        Raises:
+            Stopped: it was asked to, and has saved where it stands.
+        """
         self.parts.evaluator.sample_reference()
         self.restore()
+        self.set_status("running")
+        try:
+            self.evaluate_base()
+            self.train()
+            self.evaluate_final()
+        except Stopped:
+            self.save()
+            raise
+        self.save()
         if self.records is not None:
-            self.records.set_status("running", fraction=self.clock.fraction)
-        if self.evaluations == 0:
-            self.evaluate_at_start()
+            self.records.write_folder("lora", lambda folder: self.parts.policy.export(folder, view="evaluation"))
+        self.set_status("done")
+
+    def train(self) -> None:
+        """Iterations, curve evaluations and checkpoints, until the budget is spent."""
+        self.evaluate_if_due()  # a run may have been stopped within it
         saved = self.clock.fraction
         with self._bar() as bar:
             while self.clock.fraction < 1:
@@ -143,16 +190,21 @@ class Loop:
                 shown = "reward" if "reward" in row else "loss"
                 bar.set_postfix({shown: f"{row[shown]:.3f}", "iteration": self.clock.iteration})
                 self.evaluate_if_due()
-                stop = self.parts.processes.share(bool(stopping))
-                if stop or self.clock.fraction >= 1 or self.clock.fraction - saved >= self.config.checkpoint_every:
+                self.stop_if_asked()
+                if self.clock.fraction >= 1 or self.clock.fraction - saved >= self.config.checkpoint_every:
                     self.save()
                     saved = self.clock.fraction
-                if stop:
-                    raise KeyboardInterrupt
-        self.evaluate_at_end()
+
+    def stop_if_asked(self) -> None:
+        """Raise ``Stopped`` on every process if one of them was asked to stop."""
+        if self.parts.processes.any(bool(self.stopping)):
+            raise Stopped
+
+    def set_status(self, status: Status) -> None:
+        """Write how the run stands, and what its attempts have wasted so far."""
         if self.records is not None:
-            self.parts.policy.export(self.records.folder / "lora", view="evaluation")
-            self.records.set_status("done", fraction=1.0)
+            wasted = {"wasted_nfe": self.parts.ledger.wasted_nfe}
+            self.records.set_status(status, fraction=min(1.0, self.clock.fraction), volatile=wasted)
 
     def _bar(self) -> "tqdm[Any]":
         return tqdm(
@@ -234,34 +286,42 @@ class Loop:
 
     # Evaluation
 
-    def evaluate_at_start(self) -> None:
+    def evaluate_base(self) -> None:
         """The base model, under the curve protocol and under the final one at every guidance."""
-        self._evaluate(self.parts.curve, "base", self.parts.curve.guidance[0])
-        for guidance in self.parts.final.guidance:
-            self._evaluate(self.parts.final, "base", guidance)
-        self.save()
+        curve, final = self.parts.curve, self.parts.final
+        due = [(curve, curve.guidance[0]), *((final, guidance) for guidance in final.guidance)][self.evaluations :]
+        for protocol, guidance in due:
+            self._evaluate(protocol, "base", guidance)
+        if due:
+            self.save()
 
     def evaluate_if_due(self) -> None:
         """The curve protocol, when a fraction of the budget that asks for it has been passed."""
         passed = [each for each in self.config.evaluation.fractions if self.evaluated < each <= self.clock.fraction]
         if passed:
-            self.evaluated = passed[-1]
             self._evaluate(self.parts.curve, "evaluation", self.parts.curve.guidance[0])
+            self.evaluated = passed[-1]
 
-    def evaluate_at_end(self) -> None:
+    def evaluate_final(self) -> None:
         """The final weights: their average at every guidance; the current ones under the curve protocol."""
-        for guidance in self.parts.final.guidance:
-            self._evaluate(self.parts.final, "evaluation", guidance)
-        self._evaluate(self.parts.curve, "current", self.parts.curve.guidance[0])
+        curve, final = self.parts.curve, self.parts.final
+        due = [(final, "evaluation", guidance) for guidance in final.guidance] + [(curve, "current", curve.guidance[0])]
+        for protocol, weights, guidance in due[self.finished :]:
+            self._evaluate(protocol, weights, guidance)
+            self.finished += 1
 
     def _evaluate(self, protocol: Protocol, weights: str, guidance: float) -> None:
         described = self.protocols[protocol.name]
         name = f"{self.evaluations:04d}_{protocol.name}_{weights}_g{guidance:g}"
-        known = self._known_base(described["hash"], guidance) if weights == "base" else None
+        known = None
+        if weights == "base" and self.records is not None:
+            known = base_evaluation.recorded(self.records.folder, described["hash"], guidance)
+        known = self.parts.processes.share(known)
         if known is None:
             before = self._spent()["phases"]["evaluation"]
             view = "reference" if weights == "base" else weights
-            result = self.parts.evaluator(protocol, view=view, guidance=guidance)
+            with self.parts.ledger.during("evaluation"), self.parts.ledger.attempt():
+                result = self.parts.evaluator(protocol, view=view, guidance=guidance, between=self.stop_if_asked)
             after = self._spent()["phases"]["evaluation"]
             measured = {
                 "metrics": result.metrics,
@@ -270,10 +330,8 @@ class Loop:
             }
             scores, grid, source = result.scores, result.grid, None
         else:
-            measured, scores, grid, source = known
-            if self.parts.processes.main:
-                with self.parts.ledger.during("evaluation"):
-                    self.parts.ledger.count(**measured["cost"])
+            measured, scores, grid, source = known.measured, known.scores, known.grid, known.source
+            self.parts.evaluator.repeat(protocol, guidance=guidance, cost=measured["cost"])
         spent = self._spent()
         if self.records is not None:
             self.records.append_evaluation(
@@ -301,35 +359,6 @@ class Loop:
                 self.tracker.picture(self.clock.iteration, shown, self.records.folder / "images" / f"{name}.png")
         self.evaluations += 1
 
-    def _known_base(
-        self, protocol_hash: str, guidance: float
-    ) -> tuple[dict[str, Any], dict[str, Any], bytes, str] | None:
-        """The same evaluation of the same base model, as another run of this experiment has recorded it.
-
-        Only from a run with the same model, reward and evaluation settings, code, packages, hardware and threads: its
-        numbers would come out again to the last bit.
-        """
-        found = None
-        if self.records is not None:
-            mine = read_run(self.records.folder)
-            for folder in find_runs(self.records.folder.parent.parent):
-                other = read_run(folder)
-                same_settings = all(other.config.get(key) == mine.config[key] for key in BASE_SETTINGS)
-                if (
-                    folder == self.records.folder
-                    or not same_settings
-                    or environment(other.run) != environment(mine.run)
-                ):
-                    continue
-                for row in other.evaluations:
-                    key = (row.get("weights"), row.get("protocol_hash"), row.get("guidance"))
-                    files = [folder / str(row.get(kind)) for kind in ("scores", "grid")]
-                    if key == ("base", protocol_hash, guidance) and all(file.is_file() for file in files):
-                        measured = {key: row[key] for key in ("metrics", "standard_errors", "cost")}
-                        scores = json.loads((folder / row["scores"]).read_text())
-                        found = measured, scores, (folder / row["grid"]).read_bytes(), "/".join(folder.parts[-3:])
-        return self.parts.processes.share(found)
-
     # Checkpoints
 
     def save(self) -> None:
@@ -337,40 +366,52 @@ class Loop:
         ledger = self.parts.ledger.state_dict(self._sum)
         if self.records is None:
             return
+        artifact = self.parts.method.artifact()
         state = {
             "clock": asdict(self.clock),
             "evaluations": self.evaluations,
             "evaluated": self.evaluated,
+            "finished": self.finished,
             "varied": self.varied,
             "ledger": ledger,
             "method": self.parts.method.state_dict(),
+            "artifact": self.records.write_artifact(self.config.method.name, artifact) if artifact else None,
         }
-        tensors = {"policy": self.parts.policy.state_dict(), "optimizer": optimizer_tensors(self.parts)}
+        parts = self.parts
+        tensors = {"policy": parts.policy.state_dict(), "optimizer": optimizer.state_of(parts.optimizer, parts.policy)}
         self.records.save_checkpoint(self.clock.iteration, tensors, state)
-        self.records.set_status("running", fraction=self.clock.fraction)
+        self.records.prune_artifacts()
+        self.set_status("running")
 
     def restore(self) -> None:
         """Go back to the newest whole checkpoint; work done after it is counted as wasted."""
         checkpoint: Checkpoint | None = None
-        wasted = 0
+        wasted, lost = 0, 0
         if self.records is not None:
             checkpoint = self.records.latest_checkpoint()
             for problem in self.records.problems:
                 tqdm.write(problem)
+            wasted = wasted_before(self.records)
             cut = self.records.restore(checkpoint)["metrics.jsonl"]
-            wasted = cut[-1]["ledger"]["nfe"] if cut else 0
+            if cut:
+                wasted, lost = max(wasted, cut[-1]["volatile"]["wasted_nfe"]), cut[-1]["ledger"]["nfe"]
         checkpoint = self.parts.processes.share(checkpoint)
         if checkpoint is None:
-            self.parts.ledger.wasted_nfe += wasted
+            self.parts.ledger.wasted_nfe += wasted + lost
             return
         tensors, state = RunDirectory.load_checkpoint(checkpoint)
         self.parts.policy.load_state_dict(tensors["policy"])
-        load_optimizer(self.parts, tensors.get("optimizer", {}))
+        optimizer.restore(self.parts.optimizer, self.parts.policy, tensors.get("optimizer", {}))
         self.parts.method.load_state_dict(state["method"])
-        self.parts.ledger.load_state_dict(state["ledger"], main=self.parts.processes.main)
-        self.parts.ledger.wasted_nfe += max(0, wasted - self.parts.ledger.row()["nfe"]) if wasted else 0
+        if state["artifact"]:
+            self.parts.method.load_artifact(RunDirectory.load_artifact(checkpoint.folder.parents[1], state["artifact"]))
+        ledger = self.parts.ledger
+        ledger.load_state_dict(state["ledger"], main=self.parts.processes.main)
+        ledger.wasted_nfe += max(0, wasted - state["ledger"]["volatile"]["wasted_nfe"])  # an attempt that saved nothing
+        ledger.wasted_nfe += max(0, lost - ledger.row()["nfe"])
         self.clock = Clock(**state["clock"])
         self.evaluations, self.evaluated, self.varied = state["evaluations"], state["evaluated"], state["varied"]
+        self.finished = state["finished"]
         if self.records is not None:
             for change in self.records.changes:
                 tqdm.write(f"since this run began, {change}")
@@ -397,32 +438,3 @@ class Loop:
             "micro_batch": self.parts.stack.micro_batch.size,
             "wasted_nfe": self.parts.ledger.wasted_nfe,
         }
-
-
-def environment(run: Mapping[str, Any]) -> list[Any]:
-    """What must agree for two runs to compute the same numbers, beside their settings; a dirty checkout never does."""
-    clean = run.get("git", {}).get("dirty") is False
-    return [run.get(key) for key in ("git", "packages", "hardware", "threads", "processes")] + [
-        None if clean else object()
-    ]
-
-
-def optimizer_tensors(parts: Parts) -> dict[str, torch.Tensor]:
-    """The optimizer's state by ``parameter/quantity``; empty before the first step."""
-    state = parts.optimizer.state
-    return {
-        f"{name}/{key}": value
-        for name, parameter in parts.policy.trainable_parameters().items()
-        for key, value in state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(parts: Parts, tensors: dict[str, torch.Tensor]) -> None:
-    """Restore ``optimizer_tensors``."""
-    for name, parameter in parts.policy.trainable_parameters().items():
-        prefix = f"{name}/"
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if own:
-            parts.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-            }

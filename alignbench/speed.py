@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from scipy.stats import binom
 
 from alignbench import assembly
-from alignbench.__main__ import CONF
 from alignbench.assembly import Parts
+from alignbench.configuration import CONF
 from alignbench.methods.diffusion_nft import DiffusionNFT
 from alignbench.methods.method import Clock, Experience, Update
 from alignbench.prompts.sets import draw

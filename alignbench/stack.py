@@ -12,10 +12,11 @@ from alignbench.ledger import Ledger
 from alignbench.policies.policy import Condition, Policy
 from alignbench.processes import Processes
 from alignbench.prompts.prompt import Prompt
-from alignbench.rewards.reward import Reward, check_finite
-from alignbench.sampling.rollout import Sampler, Trajectory, sample
+from alignbench.rewards.reward import EmbedsImages, Reward, check_finite
+from alignbench.sampling.rollout import Sampler, Trajectory, branch, finish, sample
 
 T = TypeVar("T")
+POLICY, REWARD = "policy", "reward"  # who reads texts, beside other rewards under their own names
 
 
 @dataclass
@@ -41,12 +42,12 @@ class MicroBatch:
     """A batch size that halves when memory runs out and stays there.
 
     Args:
-        size: rows of one call to begin with.
+        size: rows of one call to begin with; it stays in ``largest``, the same on every process.
         ledger: takes back what a failed attempt was charged.
     """
 
     def __init__(self, size: int, ledger: Ledger) -> None:
-        self.size = size
+        self.size = self.largest = size
         self.ledger = ledger
 
     def halve(self) -> None:
@@ -97,21 +98,30 @@ class Stack:
         self.ledger = ledger
         self.processes = processes
         self.micro_batch = MicroBatch(micro_batch, ledger)
-        self.flops = dict(policy.flops()) | {"denoiser_backward": self._backward_flops()}
-        self._reward_flops: dict[str, float] = {}
+        self.flops = {name: int(flops) for name, flops in policy.flops().items()}
+        self.flops |= {"denoiser_backward": self._backward_flops(), "text": self._text_flops()}
+        self._reward_flops: dict[tuple[object, str], int] = {}  # of one image or text, by reward and kind of pass
 
-    def _backward_flops(self) -> float:
+    def _backward_flops(self) -> int:
         """FLOPs of one sample's backward pass through the denoiser for the weights that are trained; measured once."""
         latents = self.policy.noise([0])
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             output = self.policy.predict(latents, latents.new_full((1,), 0.5), self.policy.encode([""]))
             forward = counter.get_total_flops()
             torch.autograd.grad(output.sum(), list(self.policy.trainable_parameters().values()), allow_unused=True)
-        return float(counter.get_total_flops() - forward)
+        return int(counter.get_total_flops() - forward)
+
+    def _text_flops(self) -> int:
+        """FLOPs of one text's pass through the policy's encoders, which pad every text to one length; measured once."""
+        with FlopCounterMode(display=False) as counter:
+            self.policy.encode_text("")
+        return int(counter.get_total_flops())
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Encode prompts; each distinct text goes through the text encoders once a run."""
-        return self.policy.encode([prompt.text for prompt in prompts])
+        texts = [prompt.text for prompt in prompts]
+        self.ledger.read(POLICY, texts, self.flops["text"])
+        return self.policy.encode(texts)
 
     def predict(
         self,
@@ -129,6 +139,8 @@ class Stack:
         backward = (len(latents) if detach_uncond else rows) if trained else 0
         flops = rows * self.flops["denoiser"] + backward * self.flops["denoiser_backward"]
         self.ledger.count(nfe=rows, backward=backward, flops=flops)
+        if guidance != 1.0:
+            self.ledger.read(POLICY, [""], self.flops["text"])
         return self.policy.predict(latents, sigma, condition, guidance=guidance, detach_uncond=detach_uncond, view=view)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -137,8 +149,27 @@ class Stack:
         self.ledger.count(images=len(latents), flops=passes * len(latents) * self.flops["decode"])
         return self.policy.decode(latents)
 
-    def score(self, images: Tensor, prompts: Sequence[Prompt], *, reward: Reward | None = None) -> dict[str, Tensor]:
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images ``[B, 3, H, W]`` in [0, 1], as ``Policy.encode_images``; counted, without gradient."""
+        self.ledger.count(flops=len(images) * self.flops["encode"])
+        with torch.no_grad():
+            return self.policy.encode_images(images)
+
+    def score(
+        self,
+        images: Tensor,
+        prompts: Sequence[Prompt],
+        *,
+        reward: Reward | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
         """Score images: with gradients as they are, without gradients as a user would see them (rounded to uint8).
+
+        Args:
+            images: float32 ``[batch, 3, height, width]`` in [0, 1].
+            prompts: one record per image.
+            reward: another reward than the trained one.
+            ids: of the images, to name one that has no finite score; default their places in the micro-batch.
 
         Raises:
             RewardError: a score is not finite.
@@ -147,22 +178,33 @@ class Stack:
         with_gradient = torch.is_grad_enabled() and images.requires_grad
         if not with_gradient:
             images = (images * 255).round() / 255
-        with self.ledger.timed("reward"):
-            scores = reward.score(images, prompts)
+        with self.ledger.scoring():
+            _, each_text = self._measured((reward, "text"), len(prompts[:1]), lambda: reward.encode(prompts[:1]))
+            reward.encode(prompts)
+            scores, each_image = self._measured((reward, "image"), len(images), lambda: reward.score(images, prompts))
         passes = 3 if with_gradient else 1
-        self.ledger.count(
-            reward_calls=len(images), flops=passes * len(images) * self._reward_cost(reward, images, prompts)
-        )
-        check_finite(scores, prompts, [f"{index} of {len(images)}" for index in range(len(images))])
+        self.ledger.count(reward_calls=len(images), flops=passes * len(images) * each_image)
+        if each_text:
+            reader = REWARD if reward is self.reward else reward.name
+            self.ledger.read(reader, [prompt.text for prompt in prompts], each_text)
+        names = [f"{index} of a micro-batch of {len(images)}" for index in range(len(images))] if ids is None else ids
+        check_finite(scores, prompts, names)
         return scores
 
-    def _reward_cost(self, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> float:
-        """FLOPs of scoring one image whose prompt is already encoded, measured once."""
-        if reward.name not in self._reward_flops:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                reward.score(images[:1].detach(), prompts[:1])
-            self._reward_flops[reward.name] = float(counter.get_total_flops())
-        return self._reward_flops[reward.name]
+    def embed(self, images: Tensor, scorer: EmbedsImages) -> Tensor:
+        """A scorer's embeddings ``[batch, features]`` of images in [0, 1]; counted, but not as a reward call."""
+        embeddings, each = self._measured((scorer, "embedding"), len(images), lambda: scorer.embed_images(images))
+        self.ledger.count(flops=len(images) * each)
+        return embeddings
+
+    def _measured(self, kind: tuple[object, str], rows: int, call: Callable[[], T]) -> tuple[T, int]:
+        """What a call returns, and the FLOPs of one of its rows: counted while the first call of its kind runs."""
+        if kind in self._reward_flops or rows == 0:
+            return call(), self._reward_flops.get(kind, 0)
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        self._reward_flops[kind] = counter.get_total_flops() // rows
+        return result, self._reward_flops[kind]
 
     @torch.no_grad()
     def sample(
@@ -176,6 +218,8 @@ class Stack:
         reward: Reward | None = None,
         keep_images: bool = False,
         score: bool = True,
+        until: int | None = None,
+        ids: Sequence[int] | None = None,
     ) -> Rollout:
         """Sample, decode and score, in micro-batches.
 
@@ -188,6 +232,8 @@ class Stack:
             reward: another reward than the trained one.
             keep_images: return the decoded images too.
             score: False skips decoding and scoring unless images are kept.
+            until: stop before this step; the latents are at noise level ``grid[until]`` then, and nothing to score.
+            ids: of the samples over all processes, to name one in an error; default their places in ``prompts``.
         """
         grid = self.policy.grid(sampler.steps, sampler.grid).to(self.policy.device)
         condition = self.encode(prompts)
@@ -205,9 +251,10 @@ class Stack:
                 return self.policy.noise([step_seeds(row, step) for row in rows])
 
             start = self.policy.noise(seeds[rows.start : rows.stop])
-            latents, trajectory = sample(predict, start, grid, sampler, draw)
+            latents, trajectory = sample(predict, start, grid, sampler, draw, until)
             images = self.decode(latents) if score or keep_images else None
-            scores = self.score(images, few, reward=reward) if score and images is not None else {}
+            names = rows if ids is None else ids[rows.start : rows.stop]
+            scores = self.score(images, few, reward=reward, ids=names) if score and images is not None else {}
             return Rollout(latents, images if keep_images else None, scores, trajectory, part)
 
         parts = self.micro_batch.chunks(len(prompts), chunk)
@@ -216,5 +263,76 @@ class Stack:
             images=torch.cat([part.images for part in parts if part.images is not None]) if keep_images else None,
             scores={name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
             trajectory=Trajectory.cat([part.trajectory for part in parts if part.trajectory is not None]),
+            condition=condition,
+        )
+
+    @torch.no_grad()
+    def branch(
+        self,
+        prompts: Sequence[Prompt],
+        sampler: Sampler,
+        seeds: Sequence[int],
+        *,
+        branches: int,
+        step_seeds: Callable[[int, int, int], int],
+        view: str = "current",
+        ids: Sequence[int] | None = None,
+    ) -> Rollout:
+        """Walk trunks along the ODE, branch off every step but the last, finish, decode and score the branches.
+
+        Args:
+            prompts: one record per trunk.
+            sampler: a one-step solver, and the stochastic step that begins a branch.
+            seeds: of the initial noise, one per trunk.
+            branches: K, per trunk and step.
+            step_seeds: (trunk, step, branch) -> seed of the noise that begins a branch.
+            view: the weights that sample.
+            ids: of the trunks over all processes, to name a branch in an error; default their places in ``prompts``.
+
+        Returns:
+            A row per branch, row ``(trunk (T - 1) + step) K + branch``, whose trajectory is its one stochastic step.
+            The condition has one row per *trunk*: embeddings are large, and a trunk has K (T - 1) branches.
+        """
+        grid = self.policy.grid(sampler.steps, sampler.grid).to(self.policy.device)
+        condition = self.encode(prompts)
+        births = sampler.steps - 1
+
+        def walk(rows: range) -> Trajectory:
+            part = condition[rows.start : rows.stop]
+
+            def predict(latents: Tensor, sigma: Tensor) -> Tensor:
+                return self.predict(latents, sigma, part, guidance=sampler.guidance, view=view)
+
+            def draw(step: int) -> Tensor:
+                return self.policy.noise([step_seeds(row, step, each) for row in rows for each in range(branches)])
+
+            return branch(predict, self.policy.noise(seeds[rows.start : rows.stop]), grid, sampler, branches, draw)
+
+        trajectory = Trajectory.cat(self.micro_batch.chunks(len(prompts), walk))
+        assert trajectory is not None
+        row = torch.arange(len(trajectory.log_prob)).view(len(prompts), births, branches)
+        order = row.transpose(0, 1).flatten()  # equally long walks side by side fill the micro-batches
+
+        def walk_on(rows: range) -> tuple[Tensor, dict[str, Tensor]]:
+            chosen = order[rows.start : rows.stop]
+            trunk, first = chosen // (births * branches), chosen // branches % births + 1
+            part = condition[trunk]
+
+            def predict(latents: Tensor, sigma: Tensor, walking: Tensor) -> Tensor:
+                return self.predict(latents, sigma, part[walking], guidance=sampler.guidance, view=view)
+
+            latents = finish(predict, trajectory.next_latents[chosen, 0], first, grid, sampler)
+            few = [prompts[each] for each in trunk.tolist()]
+            numbers = torch.as_tensor(range(len(prompts)) if ids is None else ids)[trunk]
+            names = (numbers * births * branches + chosen % (births * branches)).tolist()
+            return latents, self.score(self.decode(latents), few, ids=names)
+
+        parts = self.micro_batch.chunks(len(order), walk_on)
+        back = order.argsort()
+        return Rollout(
+            latents=torch.cat([latents for latents, _ in parts])[back],
+            images=None,
+            scores={name: torch.cat([scores[name] for _, scores in parts])[back] for name in parts[0][1]},
+            trajectory=trajectory,
             condition=condition,
         )

@@ -2,8 +2,8 @@
 
 Every method gets the same number of trials, of the same budget, drawn from its own space of levels by a Latin
 hypercube: each level of each knob is tried equally often, up to rounding. Trials are ordinary runs, so finished ones
-are skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses; see
-``alignbench.report.tuning`` for what came out.
+are skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses. What came out is
+written beside the space: ``trials.md`` and ``trials.png``.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import yaml
 from scipy.stats import qmc
 
 from alignbench.errors import AlignbenchError, ConfigError
+from alignbench.records import atomic_write
+from alignbench.report import curves, data, tuning
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,28 @@ class Space:
         ]
 
 
+def summarise(space: Space, methods: Sequence[str], results: Path, output: Path) -> None:
+    """Write trials.md and trials.png from the records of the trials."""
+    records = data.load([results])
+    trials = {
+        method: [
+            tuning.find(records, space.experiment, method, space.methods[method]["reward"], setting)
+            for setting in space.design(method)
+        ]
+        for method in methods
+    }
+    atomic_write(output / "trials.md", f"# Trials\n\n{tuning.page(space.methods, trials)}")
+    atomic_write(output / "trials.png", curves.png(tuning.draw(trials), dpi=120))
+    print(f"{output / 'trials.md'}, {output / 'trials.png'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 if every trial finished, 1 if some failed (the others still run)."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.tune", description=__doc__)
     parser.add_argument("space", type=Path, help="YAML file: experiment, trials, seed, methods with their knobs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", help="some of the space's methods; default: all")
+    parser.add_argument("--summary", action="store_true", help="run nothing: only write what the records hold")
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -115,7 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return done
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        finished = list(pool.map(run, range(len(trials))))
+        try:
+            finished = [] if options.summary else list(pool.map(run, range(len(trials))))
+        except KeyboardInterrupt:  # the trials get it too and save themselves
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command continues")
+            return 130
+    summarise(space, methods, options.results, options.space.parent)
     if not all(finished):
         print(f"{finished.count(False)} of {len(trials)} trials failed; the same command tries them again")
     return 0 if all(finished) else 1

@@ -40,6 +40,7 @@ def tiny_run(tmp_path: Path, tiny_checkpoint: Path) -> Compose:
                     "method.batch.images=4",
                     "method.rollout.steps=3",
                     "evaluation.features=null",
+                    "evaluation.published=false",
                     "evaluation.fractions=[0,0.5,1]",
                     "evaluation.curve.images_per_tag=8",
                     "evaluation.curve.steps=2",

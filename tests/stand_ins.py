@@ -26,6 +26,17 @@ class Red(Reward):
         return {"reward": images[:, 0].mean(dim=(1, 2))}
 
 
+class Worded(Reward):
+    """Smooth in the pixels, and another function of them for every prompt; the channels' weights come from its text."""
+
+    name = "worded"
+    differentiable = True
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        codes = torch.tensor([[sum(map(ord, prompt.text)) % modulus for modulus in (3, 5, 7)] for prompt in prompts])
+        return {"reward": (torch.sin(codes[:, :, None, None] + 3 * images)).mean(dim=(1, 2, 3))}
+
+
 class Constant(Reward):
     """The same for every image, or not a number for one."""
 
@@ -142,4 +153,4 @@ class GroupCentred(_OneTime):
         return Loss((centred**2).sum())
 
 
-__all__ = ["BatchSize", "Constant", "GroupCentred", "PairMargin", "Red", "RewardGradient", "Sampler"]
+__all__ = ["BatchSize", "Constant", "GroupCentred", "PairMargin", "Red", "RewardGradient", "Sampler", "Worded"]

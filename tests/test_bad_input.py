@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import open_dict
 
 from alignbench import records
+from alignbench.configuration import identity
 from alignbench.errors import (
     AlignbenchError,
     BudgetError,
@@ -19,8 +21,10 @@ from alignbench.errors import (
     RecordError,
     RewardError,
 )
+from alignbench.methods.method import Needs
 from alignbench.run import run
 from tests.conftest import Compose
+from tests.stand_ins import GroupCentred
 
 STEP = "tests.stand_ins"
 
@@ -40,7 +44,7 @@ def command(*arguments: str) -> str:
     [
         ("method.algorithm.betta=1", "unknown setting 'method.algorithm.betta'. Did you mean 'method.algorithm.beta'?"),
         ("bugdet.flops=1", "Did you mean 'budget.flops'?"),
-        ("method=difusion_nft", "unknown method 'difusion_nft'. Did you mean 'diffusion_nft'? Known: diffusion_nft"),
+        ("method=difusion_nft", "unknown method 'difusion_nft'. Did you mean 'diffusion_nft'? Known: "),
         ("reward=genevall", "unknown reward 'genevall'. Did you mean 'geneval'?"),
     ],
 )
@@ -78,6 +82,134 @@ def test_values_that_cannot_work(
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.batch.prompts=abc"], "method.batch.prompts is 'abc': it must be an integer"),
+        (["method.batch.images=4.0"], "method.batch.images is 4.0: it must be an integer"),
+        (["+method.rollout.x=1"], "method.rollout has no setting 'x'. It has: steps, solver"),
+        (["+method.rollout.guidence=1"], "no setting 'guidence'. Did you mean 'guidance'?"),
+        (["+method.batch.prompt=1"], "method.batch has no setting 'prompt'. Did you mean 'prompts'?"),
+        (["+metod=1"], "the configuration has no setting 'metod'. Did you mean 'method'?"),
+        (["~method.algorithm.beta"], "method.algorithm.beta is missing: it must be a number"),
+        (["~method.optimizer"], "method.optimizer is missing: it must be a mapping"),
+        (["~device"], "device is missing: it must be auto, cpu or cuda"),
+        (["method.algorithm.beta=high"], "method.algorithm.beta is 'high': it must be a number"),
+        (["method.algorithm.beta=nan"], "method.algorithm.beta is NaN: it must be a number"),
+        (["method.algorithm.kl=true"], "method.algorithm.kl is true: it must be a number"),
+        (["method.algorithm.times=few"], "method.algorithm.times is 'few': it must be an integer or null"),
+        (["method.algorithm.mode=some"], "is 'some': choose all, positive_only, negative_only, one_only or binary"),
+        (["method=flow_grpo", "method.algorithm.detach_uncond=1"], "detach_uncond is 1: it must be true or false"),
+        (["method.algorithm._target_=alignbench.nothing.There"], "alignbench.nothing.There, which cannot be imported"),
+        (["method.optimizer.betas=[0.9]"], "betas is [0.9]: it must be a list of 2 (a number, a number)"),
+        (["method.optimizer.betas=[0.9,1.0]"], "betas is [0.9, 1.0]; each must be in [0, 1)"),
+        (["method.optimizer.lr=fast"], "method.optimizer.lr is 'fast': it must be a number"),
+        (["method.optimizer.eps=0"], "method.optimizer.eps is 0; it must be positive"),
+        (["method.optimizer.clip=-1"], "method.optimizer.clip is -1; it must be positive, or 0 not to clip"),
+        (["method.optimizer.weight_decay=-0.1"], "method.optimizer.weight_decay is -0.1; it must be 0 or more"),
+        (["threads=0"], "threads is 0: it must be 1 or more, or null"),
+        (["seed=first"], "seed is 'first': it must be an integer"),
+        (["device=tpu"], "device is 'tpu': choose auto, cpu or cuda"),
+        (["progress=maybe"], "progress is 'maybe': it must be true or false"),
+        (["checkpoint_every=often"], "checkpoint_every is 'often': it must be a number"),
+        (["budget.nfe=many"], "budget.nfe is 'many': it must be a number or null"),
+        (["evaluation.curve.guidance=1.0"], "evaluation.curve.guidance is 1.0: it must be a list (of each a number)"),
+        (["evaluation.fractions=1"], "evaluation.fractions is 1: it must be a list (of each a number)"),
+        (["model.policy.rank=wide"], "model.policy.rank is 'wide': it must be an integer"),
+        (["prompts.split=training"], "prompts.split is 'training': choose train, tuning, test or all"),
+        (["name=../x"], "name is '../x': it names a folder, so use letters, digits and any of _ . @ = , + -"),
+        (["model.name=a/b"], "model.name is 'a/b': it names a folder"),
+        (["method.name=''"], "method.name is '': it names a folder"),
+    ],
+)
+def test_settings_of_another_name_or_type(tiny_run: Compose, overrides: list[str], message: str) -> None:
+    config = tiny_run(*overrides)
+    with pytest.raises(ConfigError) as raised:
+        run(config)
+    assert message in str(raised.value)
+    assert not Path(config.results).exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [("heavy", "reward.parts.red.weight is 'heavy': it must be a number"), (None, "red.weight is null: it must be a")],
+)
+def test_reward_weight_that_is_no_number(tiny_run: Compose, weight: object, message: str) -> None:
+    config = tiny_run()
+    config.reward.parts.red.weight = weight
+    with pytest.raises(ConfigError, match=message):
+        run(config)
+
+
+class Epsilon(GroupCentred):
+    """A method for models that predict the noise."""
+
+    needs = Needs(parameterisations=("epsilon",))
+
+
+class Likelihood(GroupCentred):
+    """A method that needs the likelihood of what was sampled."""
+
+    needs = Needs(log_probabilities=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("Epsilon", "holds for models that predict epsilon, but shapes predicts velocity; models that fit: none yet"),
+        ("Likelihood", "needs log-probabilities: set method.rollout.stochastic to flow, dance or cps"),
+    ],
+)
+def test_methods_that_do_not_fit_are_refused_before_weights_are_loaded(
+    tiny_run: Compose, method: str, message: str
+) -> None:
+    config = tiny_run("model.policy.source=/nowhere/sd3")
+    config.method.algorithm = {"_target_": f"{__name__}.{method}"}
+    with pytest.raises(ConfigError) as raised:
+        run(config)
+    assert message in str(raised.value)
+
+
+def test_a_method_that_needs_a_gradient_names_the_rewards_that_have_one(tiny_run: Compose) -> None:
+    config = tiny_run("model.policy.source=/nowhere/sd3", reward=f"{STEP}.Constant")
+    config.method.algorithm = {"_target_": f"{STEP}.RewardGradient"}
+    with pytest.raises(ConfigError, match=r"but red has none; differentiable here: pickscore$"):
+        run(config)
+    with open_dict(config):
+        config.reward.parts.red.weight = 0.0  # never asked
+        config.reward.parts.real = {"weight": 1.0, "shapes": {"_target_": f"{STEP}.Red"}}
+    with pytest.raises(CheckpointError, match="/nowhere/sd3"):
+        run(config)
+
+
+def test_a_published_curve_needs_twenty_iterations(tiny_run: Compose, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 images x (3 steps to sample, 3 times x (old, current) to train) = 72 passes an iteration."""
+    passes = ["budget.iterations=null", "dry_run=true"]
+    published = [*passes, "evaluation.published=true"]
+    message = (
+        r"an iteration costs 72 nfe, 7.2% of budget.nfe=1000, but published curves need 20 iterations: "
+        r"budget.nfe=1500 would do, or evaluation.published=false for a trial"
+    )
+    with pytest.raises(BudgetError, match=message):
+        run(tiny_run(*published, "budget.nfe=1000"))
+    run(tiny_run(*published, "budget.nfe=1440"))
+    assert capsys.readouterr().out.count("warning") == 1  # of the plan that was refused
+    run(tiny_run(*passes, "budget.nfe=1000"))
+    assert "an iteration above 5% of the budget makes coarse curves" in capsys.readouterr().out
+
+
+def test_a_budget_ends_no_sooner_than_one_iteration(tiny_run: Compose) -> None:
+    message = "an iteration costs 8 images, 160.0% of budget.images=5, but a run needs one: budget.images=8 would do"
+    with pytest.raises(BudgetError, match=message):
+        run(tiny_run("budget.images=5"))
+
+
+def test_what_is_published_is_decided_apart_from_the_numbers(tiny_run: Compose) -> None:
+    configs = [tiny_run(f"evaluation.published={published}") for published in ("true", "false")]
+    assert identity(configs[0]) == identity(configs[1])
+    assert "published" not in identity(configs[0])["evaluation"]
+
+
 def test_negative_reward_weight(tiny_run: Compose) -> None:
     config = tiny_run()
     config.reward.parts.red.weight = -1.0
@@ -106,7 +238,7 @@ def test_nan_reward_names_prompt_and_image(tiny_run: Compose) -> None:
     config.reward.parts = {
         "constant": {"weight": 1.0, "shapes": {"_target_": f"{STEP}.Constant", "value": 0.5, "bad_prompt": "ef"}}
     }
-    with pytest.raises(RewardError, match=r"reward is nan for image \d+ of \d+ of prompt prompts/00002 \('ef'\)"):
+    with pytest.raises(RewardError, match=r"reward is nan for image \d+ of prompt prompts/00002 \('ef'\)"):
         run(config)
 
 
@@ -190,7 +322,7 @@ def test_prompt_files(tiny_run: Compose, tmp_path: Path, name: str, content: str
         (["prompts.balance=tags"], ConfigError, "choose tag or none"),
         (["method.algorithm.a_max=0"], ConfigError, "a_max is 0"),
         (["method.algorithm.std=each"], ConfigError, "choose global or group"),
-        (["method=flow_grpo", "method.algorithm.ddof=2"], ConfigError, "ddof 2"),
+        (["method=flow_grpo", "method.algorithm.ddof=2"], ConfigError, "ddof is 2: choose 0 or 1"),
         (["method.batch.images=1"], ConfigError, "use 2 or more"),
     ],
 )

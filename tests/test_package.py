@@ -51,7 +51,7 @@ def test_the_wheel_holds_configurations_checkpoints_templates_and_licence(instal
 
 
 def test_the_wheel_runs_from_its_own_folder(installed: Path, tmp_path: Path) -> None:
-    found = outside(installed, tmp_path, "-c", "import alignbench.__main__ as main; print(main.PACKAGE, main.CONF)")
+    found = outside(installed, tmp_path, "-c", "import alignbench.configuration as it; print(it.PACKAGE, it.CONF)")
     assert found.split() == [str(installed / "alignbench"), str(installed / "alignbench" / "conf")]
 
 

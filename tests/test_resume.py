@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from alignbench import records
-from alignbench.evaluation import DRIFT_SAMPLES
+from alignbench.evaluation import DRIFT_SAMPLES, Evaluator
+from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
 from alignbench.records import strip_volatile
-from alignbench.run import run
+from alignbench.run import Loop, run
 from tests.conftest import Compose
 
 PRIMITIVES = ("_write", "_fsync", "_replace")
@@ -161,6 +163,72 @@ def test_work_done_twice_is_counted_as_waste(tiny_run: Compose, tmp_path: Path) 
     assert lines[-1]["volatile"]["wasted_nfe"] == lines[2]["ledger"]["nfe"] + reference
 
 
+def test_work_of_several_attempts_adds_up(tiny_run: Compose, tmp_path: Path) -> None:
+    config = configured(tiny_run, tmp_path / "wasted", method="diffusion_nft")
+    config.checkpoint_every = 1.0  # only the base and the end: every kill loses all iterations
+
+    def killed_in(iteration: int) -> Callable[[], None]:
+        def target() -> None:
+            iterate = Loop.iterate
+
+            def counted(self: Loop) -> dict[str, Any]:
+                if self.clock.iteration == iteration:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return iterate(self)
+
+            Loop.iterate = counted  # type: ignore[method-assign]
+            run(config)
+
+        return target
+
+    for iteration in (3, 0, 2):
+        assert in_child(killed_in(iteration)) == -signal.SIGKILL
+    folder = run(config)
+    spent = [json.loads(line)["ledger"]["nfe"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    status = json.loads((folder / "status.json").read_text())
+    reference = 3 * DRIFT_SAMPLES * 10  # drawn again by the second, third and fourth attempt
+    assert status["volatile"]["wasted_nfe"] == spent[2] + spent[1] + reference
+
+
+def test_a_signal_within_an_evaluation_stops_it_and_the_run_continues(
+    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base (0 to 2), during training (3, 4), of the final weights (5 to 7): 8 images in micro-batches of 3 each."""
+    settings = (f"budget.iterations={ITERATIONS}", "checkpoint_every=1", "micro_batch=3", "method=flow_grpo")
+    uninterrupted = numbers(run(tiny_run(*settings, f"results={tmp_path / 'whole'}")))
+    begin, decode = Evaluator.__call__, StableDiffusion3Policy.decode
+    begun, decoded = 0, 0
+    signals = {0: signal.SIGINT, 2: signal.SIGTERM, 3: signal.SIGINT, 6: signal.SIGTERM}
+
+    def counted(self: Evaluator, *arguments: Any, **options: Any) -> Any:
+        nonlocal begun, decoded
+        begun, decoded = begun + 1, 0
+        return begin(self, *arguments, **options)
+
+    def interrupting(self: StableDiffusion3Policy, latents: torch.Tensor) -> torch.Tensor:
+        nonlocal decoded
+        decoded += 1
+        if begun == stop + 1 and decoded == 1:
+            os.kill(os.getpid(), signals[stop])
+        return decode(self, latents)
+
+    for stop in signals:
+        config = tiny_run(*settings, f"results={tmp_path / f'stopped{stop}'}")
+        begun = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "__call__", counted)
+            patch.setattr(StableDiffusion3Policy, "decode", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                run(config)
+        assert decoded == 1  # of three micro-batches
+        folder = next((tmp_path / f"stopped{stop}").rglob("status.json")).parent
+        assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+        rows = (folder / "evaluations.jsonl").read_text().splitlines() if stop else []
+        assert len(rows) == stop
+        assert len(list(folder.glob("scores/*"))) == stop
+        assert numbers(run(config)) == uninterrupted, f"stopped in evaluation {stop}"
+
+
 def test_ctrl_c_stops_cleanly_and_continues(
     tiny_run: Compose, tmp_path: Path, uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,4 +256,17 @@ def test_a_finished_run_is_skipped(tiny_run: Compose, tmp_path: Path, capsys: py
     config = configured(tiny_run, tmp_path / "twice")
     before = numbers(run(config))
     assert numbers(run(config)) == before
-    assert "already done, skipped" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already done, skipped" in printed
+    assert "warning: it was made by other code" not in printed
+
+
+def test_a_finished_run_of_other_code_is_skipped_with_a_warning(
+    tiny_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny_run, tmp_path / "twice")
+    for commit in ("aaa", "bbb"):
+        monkeypatch.setattr("alignbench.assembly._git", lambda commit=commit: {"commit": commit, "dirty": False})
+        run(config)
+    warning = 'already done, skipped; warning: it was made by other code (git.commit: "aaa" -> "bbb")'
+    assert warning in capsys.readouterr().out

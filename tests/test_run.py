@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import open_dict
+from safetensors import SafetensorError
 
+from alignbench.errors import ConfigError, RecordError
+from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
 from alignbench.run import run
 from tests.conftest import Compose
 
@@ -64,3 +68,53 @@ def test_tensorboard_shows_the_rows_and_the_grids(tiny_run: Compose) -> None:
     shown = [(event.step, event.value) for event in events.Scalars("train/reward")]
     assert shown == [(row["iteration"], pytest.approx(row["reward"])) for row in rows]
     assert len(events.Images("curve/evaluation_g1")) == 2
+
+
+class Unavailable:
+    """A tracker whose service cannot be reached."""
+
+    def __init__(self, folder: Path) -> None:
+        raise ConfigError(f"no service for {folder.name}")
+
+
+def test_a_tracker_that_cannot_be_built_stands_in_the_records(tiny_run: Compose) -> None:
+    config = tiny_run()
+    with open_dict(config):
+        config.tracker = {"_target_": f"{__name__}.Unavailable"}
+    with pytest.raises(ConfigError, match="no service for seed0"):
+        run(config)
+    (status,) = Path(config.results).rglob("status.json")
+    assert json.loads(status.read_text())["message"] == "no service for seed0"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), r"cannot write .*lora: the disk is full; files written before are in"),
+        (SafetensorError("I/O error: No space left on device"), r"cannot write .*lora: I/O error: No space left"),
+    ],
+)
+def test_weights_are_exported_wholly_or_not_at_all(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    config = tiny_run()
+    export = StableDiffusion3Policy.export
+
+    def torn(self: StableDiffusion3Policy, folder: Path, view: str = "evaluation") -> None:
+        export(self, folder, view)
+        (weights,) = Path(folder).glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:100])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion3Policy, "export", torn)
+        with pytest.raises(RecordError, match=message):
+            run(config)
+    (folder,) = (path.parent for path in Path(config.results).rglob("status.json"))
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert not (folder / "lora").exists()
+    before = (folder / "evaluations.jsonl").read_text()
+    run(config)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").stat().st_size > 1000
+    assert (folder / "evaluations.jsonl").read_text() == before  # nothing was evaluated again

@@ -1,5 +1,6 @@
 """Group advantages: how much better an image is than the others of its group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -66,3 +67,20 @@ def group_advantages(
         centred = centred / (variance.sqrt() + eps)[index]
     centred = torch.where(constant[index], 0.0, centred)  # also where a group of one has no sample std
     return Advantages(centred.to(rewards.dtype), constant[index], constant.double().mean().item())
+
+
+def add_advantages(parts: Sequence[tuple[float, Advantages]], groups: Tensor) -> Advantages:
+    """``A = sum_k w_k A_k``, so that no reward's scale drowns another's (MixGRPO, arXiv 2507.21802).
+
+    Args:
+        parts: weight and advantages of each reward, over the same images.
+        groups: integer ids [N], as those advantages were made with.
+
+    Returns:
+        Advantages whose group is constant where it is for every reward.
+    """
+    values = torch.stack([weight * part.values for weight, part in parts]).sum(0)
+    constant = torch.stack([part.constant for _, part in parts]).all(0)
+    names, index = torch.unique(groups, return_inverse=True)
+    of_groups = torch.empty(len(names), dtype=torch.bool).index_put((index,), constant)
+    return Advantages(values, constant, of_groups.double().mean().item())

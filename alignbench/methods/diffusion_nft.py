@@ -4,7 +4,7 @@ The rollout is any black-box sampler of the *old* weights and keeps clean latent
 the velocity is pulled towards an implicit positive policy where the reward was high and away from it where it was low.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from alignbench.errors import ConfigError
 from alignbench.methods.advantages import group_advantages
-from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Method, Needs, Update
+from alignbench.methods.forward_process import ForwardProcess
+from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Needs, Update
 from alignbench.methods.online import collect_images
 from alignbench.policies.policy import Policy
 from alignbench.prompts.prompt import Prompt
 from alignbench.sampling.flow import FlowPath, mean_per_sample, per_sample
 from alignbench.sampling.rollout import Sampler
 from alignbench.sampling.stochastic import kl_velocity
-from alignbench.seeding import generator, seed_of
 from alignbench.stack import Stack
 
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
@@ -82,7 +82,7 @@ def old_decay(optimizer_steps: int, schedule: int) -> float:
     return min(max(0.0, 0.0075 * (optimizer_steps - 75)), 0.999)
 
 
-class DiffusionNFT(Method):
+class DiffusionNFT(ForwardProcess):
     """DiffusionNFT.
 
     Args:
@@ -111,7 +111,8 @@ class DiffusionNFT(Method):
         batch: BatchSize,
         seed: int,
     ) -> None:
-        super().__init__(sampler=sampler, batch=batch, seed=seed)
+        times = sampler.steps - 1 if times is None else times
+        super().__init__(times=times, sampler=sampler, batch=batch, seed=seed)
         if a_max <= 0:
             raise ConfigError(f"diffusion_nft: a_max is {a_max:g}; it must be positive (the paper uses 5)")
         if std not in ("global", "group"):
@@ -128,11 +129,6 @@ class DiffusionNFT(Method):
             raise ConfigError(f"diffusion_nft: mode {mode!r} is not known; choose one of {', '.join(MODES)}")
         if old_schedule not in (0, 1, 2):
             raise ConfigError(f"diffusion_nft: old_schedule is {old_schedule}; choose 0, 1 or 2")
-        if times is not None and not 1 <= times <= sampler.steps:
-            raise ConfigError(
-                f"diffusion_nft: times is {times}; choose 1 to {sampler.steps} (the rollout's steps), or null"
-            )
-        self.times = sampler.steps - 1 if times is None else times
         self.beta, self.kl, self.a_max, self.mode, self.std = beta, kl, a_max, mode, std
         self.old_schedule = old_schedule
 
@@ -144,33 +140,8 @@ class DiffusionNFT(Method):
         collected.metrics |= {"constant_groups": advantages.constant_share, "optimality_std": r.std().item()}
         return collected
 
-    def updates(self, experience: Experience, stack: Stack, clock: Clock) -> Iterator[Update]:
-        grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
-
-        for rows, images in self.parts(experience, clock):
-            atoms = [(row, step) for row in rows for step in self._steps(experience.ids[row], clock)]
-
-            def batch(chosen: Sequence[int], atoms: list[tuple[int, int]] = atoms) -> Batch:
-                picked = [atoms[index] for index in chosen]
-                rows = torch.as_tensor([row for row, _ in picked])
-                seeds = [
-                    seed_of("noise", self.seed, clock.iteration, experience.ids[row], step) for row, step in picked
-                ]
-                t = grid[[step for _, step in picked]].to(stack.policy.device)
-                terms = {name: value[rows] for name, value in experience.terms.items()}
-                terms |= {"t": t, "noise": stack.policy.noise(seeds)}
-                return Batch(terms, experience.condition[rows], [experience.prompts[row] for row in rows], chosen)
-
-            yield Update(len(atoms), images * self.times, batch)
-
-    def _steps(self, sample: int, clock: Clock) -> list[int]:
-        """The sampler's steps that an image is trained at, drawn per image."""
-        order = generator("time", self.seed, clock.iteration, sample).permutation(self.sampler.steps)
-        return sorted(order[: self.times].tolist())
-
     def loss(self, stack: Stack, update: Update, batch: Batch) -> Loss:
-        x_0, t, r = batch.terms["x_0"], batch.terms["t"], batch.terms["r"]
-        x_t = stack.policy.path.interpolate(x_0, batch.terms["noise"], t)
+        x_0, x_t, t, r = (batch.terms[name] for name in ("x_0", "x_t", "t", "r"))
         with torch.no_grad():
             v_old = stack.predict(x_t, t, batch.condition, view="old")
             v_ref = stack.predict(x_t, t, batch.condition, view="reference") if self.kl > 0 else None

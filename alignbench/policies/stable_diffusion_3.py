@@ -60,6 +60,7 @@ class StableDiffusion3Policy(Policy):
         max_sequence_length: int,
         resolution: int | None,
         gradient_checkpointing: bool,
+        vae_gradient_checkpointing: bool,
     ) -> None:
         """Takes over a loaded pipeline; `from_pretrained` explains the arguments."""
         super().__init__()
@@ -70,7 +71,7 @@ class StableDiffusion3Policy(Policy):
         self.max_sequence_length = max_sequence_length
         self.latent_shape = _latent_shape(pipeline, resolution)
         scheduler = pipeline.scheduler.config
-        self.path = FlowPath(scheduler.num_train_timesteps)
+        self.path = FlowPath(scheduler.num_train_timesteps, scheduler.shift)
         self.shift: float = scheduler.shift
         self.trainable = trainable
 
@@ -89,6 +90,7 @@ class StableDiffusion3Policy(Policy):
         self.weights = Weights(self.transformer, base_is_reference=trainable == "lora")
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpoint)
+        if vae_gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
         self._unconditional: Condition | None = None
         self._flops: dict[str, float] | None = None
@@ -110,6 +112,7 @@ class StableDiffusion3Policy(Policy):
         max_sequence_length: int = 256,
         resolution: int | None = None,
         gradient_checkpointing: bool = False,
+        vae_gradient_checkpointing: bool = False,
     ) -> StableDiffusion3Policy:
         """Loads a checkpoint and makes its transformer trainable.
 
@@ -123,7 +126,8 @@ class StableDiffusion3Policy(Policy):
             trainable: ``lora`` (rank, alpha, targets, seed of the initial A) or ``full``.
             max_sequence_length: T5 tokens; without T5 that many zero embeddings are appended, as in the pipeline.
             resolution: side of the images in pixels; default what the transformer was made for.
-            gradient_checkpointing: recompute transformer and autoencoder blocks in the backward pass.
+            gradient_checkpointing: recompute transformer blocks in the backward pass.
+            vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
 
         Raises:
             CheckpointError: the folder is absent, incomplete, truncated or of another pipeline; nothing was loaded yet.
@@ -155,6 +159,7 @@ class StableDiffusion3Policy(Policy):
             max_sequence_length=max_sequence_length,
             resolution=resolution,
             gradient_checkpointing=gradient_checkpointing,
+            vae_gradient_checkpointing=vae_gradient_checkpointing,
         )
 
     @torch.no_grad()

@@ -2,14 +2,14 @@
 
 The mean and its pointwise 95% Student-t band are taken over the finished runs of a method, at every cost where one of
 them was evaluated: the others are interpolated linearly there, inside their own range. They are drawn where all of them
-have values. Runs that did not finish are thin dashed lines and enter no mean. Horizontal lines are the base model under
-the same protocol.
+have values. Runs that did not finish are thin dashed lines and enter no mean. Horizontal lines are the base model:
+dashed under the curves' protocol, dotted at a guidance that only the final protocol scores.
 """
 
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The base model's score at one guidance, under the curves' protocol or only under the final one."""
+
+    guidance: float
+    score: float
+    final: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"base, guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True)
 class Plot:
     """One figure: a metric of one comparison against one cost."""
 
@@ -105,7 +118,7 @@ class Plot:
     metric: str
     axis: Axis
     curves: tuple[Curve, ...]
-    base: tuple[tuple[float, float], ...]  # (guidance, score)
+    base: tuple[Base, ...]
 
 
 def band(curves: Sequence[tuple[Array, Array]]) -> Band | None:
@@ -136,14 +149,27 @@ def plot(name: str, title: str, metric: str, axis: Axis, comparison: Comparison)
             curves.append(Curve(label, band(finished), finished, unfinished))
     if not curves:
         return None
-    values: dict[float, list[float]] = {}
-    for run in comparison.runs:
-        for guidance in run.guidances(run.curve_hash):
-            row = run.base(run.curve_hash, guidance)
-            if row is not None and metric in row.metrics:
-                values.setdefault(guidance, []).append(row.metrics[metric])
-    base = tuple((guidance, float(np.mean(scores))) for guidance, scores in sorted(values.items()))
-    return Plot(name, title, metric, axis, tuple(curves), base)
+    return Plot(name, title, metric, axis, tuple(curves), base_lines(comparison, metric))
+
+
+def base_lines(comparison: Comparison, metric: str) -> tuple[Base, ...]:
+    """The base at every guidance: under the curves' protocol, else under the final one where all runs share it."""
+
+    def means(hash_of: Callable[[TrainingRun], str]) -> dict[float, float]:
+        values: dict[float, list[float]] = {}
+        for run in comparison.runs:
+            for guidance in run.guidances(hash_of(run)):
+                row = run.base(hash_of(run), guidance)
+                if row is not None and metric in row.metrics:
+                    values.setdefault(guidance, []).append(row.metrics[metric])
+        return {guidance: float(np.mean(scores)) for guidance, scores in sorted(values.items())}
+
+    during = means(lambda run: run.curve_hash)
+    shared = len({run.final_hash for run in comparison.runs}) == 1
+    final = means(lambda run: run.final_hash) if shared else {}
+    lines = [Base(guidance, score) for guidance, score in during.items()]
+    lines += [Base(guidance, score, final=True) for guidance, score in final.items() if guidance not in during]
+    return tuple(lines)
 
 
 def _prefix(largest: float) -> tuple[float, str]:
@@ -180,9 +206,10 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
         bottom, top = 0.135, 0.895 - 0.047 * math.ceil(entries / columns)  # below the legend's rows
         axes = figure.add_axes((0.105, bottom, 0.865, top - bottom))
         base, handles = [], []
-        for (guidance, score), dashes in zip(plot.base, ((5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 3)), strict=False):
-            name = f"base, guidance {guidance:g}"
-            base.append(axes.axhline(score, color=BASE, linewidth=1.1, dashes=dashes, zorder=1, label=name))
+        dashed, dotted = iter(((5, 2), (7, 2, 1.5, 2), (3, 3))), iter(((1, 1.5), (1, 3.5), (1, 1.5, 1, 4)))
+        for line in plot.base:
+            dashes = next(dotted if line.final else dashed, (1, 6))
+            base.append(axes.axhline(line.score, color=BASE, linewidth=1.1, dashes=dashes, zorder=1, label=line.label))
         for curve in plot.curves:
             look = style[curve.label]
             for lines, kind, alpha in ((curve.finished, "-", 0.4), (curve.unfinished, (0, (2, 2)), 0.7)):
@@ -263,7 +290,10 @@ def describe(plot: Plot) -> str:
         runs = f"mean of {mean.n} runs" if mean.n > 1 else "one run"
         ends = f"from {mean.mean[0]:.3f} to {mean.mean[-1]:.3f}{limits}"
         parts.append(f"{curve.label}, {runs}: {ends} at {mean.x[-1]:.3g} {plot.axis.unit}.")
-    parts += [f"Base at guidance {guidance:g}: {score:.3f}." for guidance, score in plot.base]
+    parts += [
+        f"Base at guidance {line.guidance:g}{' (final protocol)' if line.final else ''}: {line.score:.3f}."
+        for line in plot.base
+    ]
     return " ".join(parts)
 
 

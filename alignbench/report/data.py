@@ -80,6 +80,7 @@ class Evaluation:
     standard_errors: Mapping[str, float]
     costs: Mapping[str, float]
     grid: Path | None
+    scores: Path | None
 
 
 def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
@@ -106,6 +107,7 @@ def _evaluation(row: Mapping[str, Any], folder: Path) -> Evaluation:
         standard_errors=_numbers(row.get("standard_errors")),
         costs=costs,
         grid=folder / str(row["grid"]) if row.get("grid") else None,
+        scores=folder / str(row["scores"]) if row.get("scores") else None,
     )
 
 

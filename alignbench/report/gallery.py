@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Frame:
     height: int
     caption: str
     alt: str
+    prompts: tuple[str, ...]  # of the rows, from the top; empty where the records do not name them
 
     @property
     def hard_pixels(self) -> bool:
@@ -81,6 +83,15 @@ def _caption(row: Evaluation) -> str:
     return ", ".join([when, f"guidance {row.guidance:g}", *scores])
 
 
+def prompts(row: Evaluation) -> tuple[str, ...]:
+    """Prompts of the grid's rows, from the top; none where the scores file does not name them or cannot be read."""
+    try:
+        recorded = json.loads(row.scores.read_text()) if row.scores else {}
+        return tuple(str(each["prompt"]) for each in recorded.get("grid", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
+
+
 def strip(run: TrainingRun) -> Strip:
     """The run's grids; those that cannot be read are named instead."""
     frames, missing = [], []
@@ -93,7 +104,7 @@ def strip(run: TrainingRun) -> Strip:
             continue
         caption = _caption(row)
         alt = f"Grid of sampled images, {run.label} trained on {run.reward}, seed {run.seed}: {caption}."
-        frames.append(Frame(source, width, height, caption, alt))
+        frames.append(Frame(source, width, height, caption, alt, prompts(row)))
     return Strip(run.label, run.name, run.seed, tuple(frames), tuple(missing))
 
 

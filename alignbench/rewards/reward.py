@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ class Reward(ABC):
     def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - optional
         """Refuse prompts that cannot be scored, before any work (``DataError``)."""
 
+    def encode(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - optional
+        """Encode and keep the texts that are new, where the reward has a text encoder; ``score`` finds them then.
+
+        It is called before ``score``, so that texts, which are encoded once, are counted apart from images. Every text
+        costs the same: encode each one alone and padded to one length.
+        """
+
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Score images.
@@ -35,6 +43,13 @@ class Reward(ABC):
         Returns:
             Named float32 tensors of shape ``[batch]`` on the raw scale, the key ``reward`` first.
         """
+
+
+class EmbedsImages(Protocol):
+    """A scorer whose image embeddings can measure diversity."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors ``[batch, features]`` of images in [0, 1]."""
 
 
 class WeightedSum(Reward):
@@ -60,6 +75,10 @@ class WeightedSum(Reward):
         for reward, _ in self.parts.values():
             reward.check(prompts)
 
+    def encode(self, prompts: Sequence[Prompt]) -> None:
+        for reward, _ in self.parts.values():
+            reward.encode(prompts)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         total = torch.zeros(len(prompts), device=images.device)
         scores: dict[str, Tensor] = {}
@@ -70,13 +89,13 @@ class WeightedSum(Reward):
         return {"reward": total} | scores
 
 
-def check_finite(scores: Mapping[str, Tensor], prompts: Sequence[Prompt], images: Sequence[str]) -> None:
+def check_finite(scores: Mapping[str, Tensor], prompts: Sequence[Prompt], images: Sequence[object]) -> None:
     """Refuse a reward that is NaN or infinite.
 
     Args:
         scores: what a reward returned.
         prompts: one record per image.
-        images: a name per image for the message.
+        images: a name or number per image for the message.
 
     Raises:
         RewardError: names the score, the image and its prompt.

@@ -83,7 +83,8 @@ class PickScore(Reward):
     """CLIP similarity on the scale that the model learnt: ``exp(logit_scale) * cos(image, text)``.
 
     Source: Kirstain et al. 2023, Pick-a-Pic (arXiv 2305.01569), section 3. Each distinct prompt goes through the text
-    encoder once and stays cached.
+    encoder once, alone and padded to the model's length, and stays cached: its embedding does not depend on the texts
+    beside it, which another number of processes or a resumed run would change, and every text costs the same.
 
     Args:
         model: folder or hub id of a ``CLIPModel``, for example ``yuvalkirstain/PickScore_v1``.
@@ -122,6 +123,10 @@ class PickScore(Reward):
         """Score images ``[batch, 3, height, width]`` in [0, 1]; differentiable with respect to them."""
         return {"reward": self.similarity(images, [prompt.text for prompt in prompts]).float()}
 
+    def encode(self, prompts: Sequence[Prompt]) -> None:
+        """See `Reward.encode`."""
+        self._read([prompt.text for prompt in prompts])
+
     def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Scaled cosine of image i and text i: ``[batch]``, in the model's dtype.
 
@@ -143,21 +148,23 @@ class PickScore(Reward):
         features = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
         return functional.normalize(features, dim=-1)
 
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors ``[batch, projection]``; only texts not seen before are encoded."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            tokens = self.tokenizer(
-                new,
-                padding=True,
-                truncation=True,
-                max_length=self.model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(self.model.device)
-            features = self.model.get_text_features(**tokens).pooler_output
-            self._texts.update(zip(new, functional.normalize(features, dim=-1), strict=True))
+        self._read(texts)
         return torch.stack([self._texts[text] for text in texts])
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> None:
+        """Encode and keep the texts that are not kept yet."""
+        length = self.model.config.text_config.max_position_embeddings
+        with torch.autocast(self.model.device.type, enabled=False):
+            for text in dict.fromkeys(texts):
+                if text not in self._texts:
+                    tokens = self.tokenizer(
+                        text, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+                    ).to(self.model.device)
+                    features = self.model.get_text_features(**tokens).pooler_output
+                    self._texts[text] = functional.normalize(features, dim=-1)[0]
 
 
 def load_clip(model: str | Path) -> Any:

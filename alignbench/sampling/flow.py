@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ class FlowPath:
     """``x_t = (1 - t) x_0 + t e`` with ``e ~ N(0, I)``: t = 1 is noise, t = 0 the image latent.
 
     The model predicts the velocity ``v``, whose target is ``u = e - x_0``. Latents, noise and velocity are [B, ...];
-    times are [B] or one value [], in [0, 1].
+    times are [B] or one value [], in [0, 1]. ``shift`` is what the model was trained with, 1 for none.
     """
 
+    parameterisation: ClassVar[Literal["velocity"]] = "velocity"
     num_train_timesteps: int = 1000
+    shift: float = 1.0
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t``, the point of the path at time ``t``."""
@@ -53,6 +56,47 @@ class FlowPath:
     def model_time(self, t: Tensor) -> Tensor:
         """The time the network is given: ``1000 t``, not truncated to an integer."""
         return self.num_train_timesteps * t
+
+    def training_time(self, uniform: Tensor) -> Tensor:
+        """Logit-normal(0, 1) times through the model's shift (arXiv 2403.03206, section 3.1), as quantiles.
+
+        Args:
+            uniform: levels in (0, 1), any shape; uniform draws give draws of a time.
+        """
+        return shift_time(torch.sigmoid(torch.special.ndtri(uniform)), self.shift)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionPath:
+    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e`` with ``e ~ N(0, I)`` (DDPM, arXiv 2006.11239, eq. 4).
+
+    The model predicts the noise, whose target is ``e``. Latents and noise are [B, ...]; times are [B] or one value [],
+    a training step (0 to T - 1) divided by T.
+
+    Attributes:
+        alphas_cumprod: ``abar`` of the T training steps, decreasing, [T].
+    """
+
+    parameterisation: ClassVar[Literal["epsilon"]] = "epsilon"
+    alphas_cumprod: Tensor
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t``, the point of the path at time ``t``."""
+        abar = per_sample(self.alphas_cumprod.to(x0)[self.model_time(t)], x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """``e``, what the model learns to predict."""
+        return noise
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """The time the network is given: the training step, an integer."""
+        return (len(self.alphas_cumprod) * t).round().long()
+
+    def training_time(self, uniform: Tensor) -> Tensor:
+        """Every training step with the same probability, as quantiles; ``uniform`` in [0, 1), any shape."""
+        steps = len(self.alphas_cumprod)
+        return (steps * uniform).floor() / steps
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

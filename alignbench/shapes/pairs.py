@@ -3,16 +3,22 @@
 The better picture is clean and shows its caption and nothing else. The worse one shows a near miss of the caption, or
 is a degraded copy. Some pairs are ties, as in Pick-a-Pic: two right pictures. Pick-a-Pic stores JPEG files; here
 ``jpg_0`` and ``jpg_1`` are the pixels themselves, because JPEG would degrade both pictures of a 32-pixel pair.
+
+``python -m alignbench.shapes.pairs --output FOLDER --count N`` writes a data set of them, pictures as PNG files.
 """
 
-from collections.abc import Sequence
+import argparse
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from alignbench.prompts.prompt import Prompt
-from alignbench.shapes.captions import near_miss
+from alignbench.shapes.captions import near_miss, split
 from alignbench.shapes.degrade import DEGRADATIONS, degrade
 from alignbench.shapes.render import render
 from alignbench.shapes.scenes import sample_scene
@@ -66,3 +72,35 @@ def preference_pairs(
         "best_image_uid": np.where(tie, "tie", np.where(swap, uid[:, 1], uid[:, 0])),
         "kind": kind,
     }
+
+
+def write_pairs(folder: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    """Write pairs as Pick-a-Pic is distributed: ``folder/train.parquet``, pictures as the bytes of encoded files."""
+    from datasets import Dataset  # takes a second, and only this needs it
+
+    def png(pixels: NDArray[np.uint8]) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return file.getvalue()
+
+    plain = {
+        name: [png(each) for each in column] if name in ("jpg_0", "jpg_1") else column.tolist()
+        for name, column in columns.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(plain).to_parquet(folder / "train.parquet")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m alignbench.shapes.pairs", description="Write rendered pairs.")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--count", type=int, required=True, help="pairs, ties included")
+    parser.add_argument("--split", choices=("train", "tuning", "test"), default="train", help="captions to draw from")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_pairs(arguments.output, preference_pairs(split(arguments.split), arguments.count, arguments.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -340,7 +340,8 @@ def test_gradient_checkpointing_changes_no_number(folder: Path, view: str) -> No
     """Also through a view that is no longer installed when the backward pass runs the blocks again."""
     gradients = []
     for checkpointing in (False, True):
-        policy = load(folder, dtype="float64", gradient_checkpointing=checkpointing)
+        settings = {"gradient_checkpointing": checkpointing, "vae_gradient_checkpointing": checkpointing}
+        policy = load(folder, dtype="float64", **settings)
         policy.add_view("old")
         randomise_lora(policy)
         latents = policy.noise([1]).requires_grad_()

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import math
 import os
 import re
@@ -298,6 +299,52 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
         checkpoint = directory.latest_checkpoint()
         assert checkpoint is not None
         assert directory.load_checkpoint(checkpoint)[0]["policy"]["w"].item() == 2.0
+
+
+# Artifacts
+
+
+def test_artifact_is_written_once_and_found_again(tmp_path: Path) -> None:
+    tensors = {"winner": torch.arange(6.0).reshape(2, 3).T, "text": torch.tensor([104, 105], dtype=torch.uint8)}
+    with opened(tmp_path) as directory:
+        path = directory.write_artifact("pairs", tensors)
+        written = (tmp_path / path).stat().st_mtime_ns
+        assert directory.write_artifact("pairs", tensors) == path
+        assert (tmp_path / path).stat().st_mtime_ns == written
+        assert directory.write_artifact("pairs", {"winner": torch.zeros(1)}) != path
+    digest = hashlib.sha256((tmp_path / path).read_bytes()).hexdigest()
+    assert path == f"artifacts/pairs-{digest}.safetensors"
+    loaded = RunDirectory.load_artifact(tmp_path, path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+
+
+def test_artifact_that_is_missing_or_has_changed_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        path = directory.write_artifact("pairs", {"winner": torch.zeros(3)})
+    data = bytearray((tmp_path / path).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / path).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"has changed: its SHA-256 .* restore the file, or delete"):
+        RunDirectory.load_artifact(tmp_path, path)
+    (tmp_path / path).unlink()
+    with pytest.raises(CheckpointError, match=r"pairs-\w+\.safetensors is missing, .* restore the file, or delete"):
+        RunDirectory.load_artifact(tmp_path, path)
+
+
+def test_artifacts_stay_as_long_as_a_checkpoint_names_them(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        paths = []
+        for step in range(4):
+            paths.append(directory.write_artifact("pairs", {"winner": torch.full((2,), float(step))}))
+            directory.save_checkpoint(step, {}, {"artifact": paths[-1]})
+            directory.prune_artifacts()
+        (tmp_path / "checkpoints" / "step_2" / "state.json").unlink()  # damaged: it names nothing any more
+        left = {f"artifacts/{path.name}" for path in (tmp_path / "artifacts").iterdir()}
+        assert left == {paths[2], paths[3]}
+        directory.prune_artifacts()
+        assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [Path(paths[3]).name]
 
 
 # Small parts

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -74,15 +75,41 @@ def test_no_figure_without_two_evaluations_or_the_metric(tmp_path: Path) -> None
     assert curves.plot("name", "?", "unknown", FLOPS, comparison(tmp_path)) is None
 
 
-def test_the_base_line_is_of_the_curve_protocol(three: Path) -> None:
-    plot = drawn(three)
-    assert plot.base == ((1.0, pytest.approx(0.30)),)  # guidance 3 was scored under another protocol
+def test_the_base_has_a_line_at_every_guidance_and_the_curves_protocol_comes_first(three: Path) -> None:
+    for path in three.rglob("evaluations.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            if row["weights"] == "base" and row["protocol"] == "final":
+                row["metrics"]["geneval"] += 0.01  # other prompts
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves_own, only_final = drawn(three).base
+    assert (curves_own.guidance, curves_own.score, curves_own.final) == (1.0, pytest.approx(0.30), False)
+    assert (only_final.guidance, only_final.score, only_final.final) == (3.0, pytest.approx(0.46), True)
+    figure = curves.draw(drawn(three), styles(["diffusion_nft"]))
+    levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
+    assert levels["base, guidance 1"] == pytest.approx(0.30)
+    assert levels["base, guidance 3"] == pytest.approx(0.46)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["diffusion_nft", "base, guidance 1", "base, guidance 3"]
+
+
+def test_final_protocols_that_differ_give_no_common_base_line(three: Path) -> None:
+    write_run(three, seed=7, grids=False, run={"final_protocol_hash": "another"})
+    assert [line.guidance for line in drawn(three).base] == [1.0]
+
+
+def test_no_base_line_without_a_base(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, grids=False)
+    rows = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (folder / "evaluations.jsonl").write_text("".join(row for row in rows if '"weights": "base"' not in row))
+    assert drawn(tmp_path).base == ()
 
 
 def test_the_text_alternative_gives_the_numbers(three: Path) -> None:
     text = curves.describe(drawn(three))
     assert "diffusion_nft, mean of 3 runs: from 0.300 to 0.550 (95% interval 0.525 to 0.575) at 2e+13 FLOP." in text
     assert "Base at guidance 1: 0.300." in text
+    assert "Base at guidance 3 (final protocol): 0.450." in text
 
 
 def test_the_rows_are_what_is_drawn(three: Path) -> None:

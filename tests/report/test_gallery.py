@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from alignbench.report import gallery
 from alignbench.report.data import TrainingRun, load
+from alignbench.report.page import Output, render
 from tests.report.synthetic import write_run
 
 
@@ -38,6 +40,36 @@ def test_every_frame_says_what_it_shows(tmp_path: Path) -> None:
     assert (first.width, first.height, first.hard_pixels) == (136, 408, True)
     content = base64.b64decode(first.source.removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(content)).size == (136, 408)
+
+
+def with_prompts(folder: Path, named: dict[int, str]) -> None:
+    """Write a scores file for some evaluations: its content by the evaluation's number."""
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    for number, content in named.items():
+        rows[number]["scores"] = f"scores{number}.json"
+        (folder / rows[number]["scores"]).write_text(content)
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_frame_names_the_prompts_of_its_rows(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    grid = json.dumps({"grid": [{"id": "p/0", "prompt": "a red circle"}, {"id": "p/1", "prompt": "<b>"}]})
+    with_prompts(folder, {0: grid, 1: grid, 2: grid})
+    frames = gallery.strip(only(tmp_path)).frames
+    assert frames[0].prompts == frames[1].prompts == ("a red circle", "<b>")
+    assert frames[-1].prompts == ()
+    output = Output(tmp_path / "report")
+    page = render(load([tmp_path]), output)
+    assert page.count('<ol class="prompts pixels"') == 1  # beside the first of the frames that share them
+    assert '<li title="&lt;b&gt;"><span>&lt;b&gt;</span></li>' in page
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"grid": 3}', '{"grid": [{"id": "p/0"}]}', '{"grid": ["a"]}'])
+def test_scores_that_name_no_prompts_leave_the_grid_as_it_is(tmp_path: Path, content: str) -> None:
+    with_prompts(write_run(tmp_path), {0: content})
+    frame = gallery.strip(only(tmp_path)).frames[0]
+    assert frame.prompts == ()
+    assert frame.width == 136
 
 
 def test_a_damaged_grid_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -162,10 +163,10 @@ def test_distinct_prompts_are_encoded_once(reward: PickScore, monkeypatch: pytes
     images = as_tensor(photographs(4))
     first = reward.score(images, prompts(TEXTS))["reward"]
     again = reward.score(images, prompts(TEXTS))["reward"]
-    assert encoded == [3]  # four prompts, one of them twice
+    assert encoded == [1, 1, 1]  # four prompts, one of them twice
     assert torch.equal(first, again)
     reward.score(images[:2], prompts(["a new one", "a cat"]))
-    assert encoded == [3, 1]
+    assert encoded == [1, 1, 1, 1]
 
 
 def test_a_score_does_not_depend_on_the_rest_of_the_batch(folder: Path) -> None:
@@ -175,11 +176,30 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(folder: Path) -> None:
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
+def test_an_embedding_does_not_depend_on_the_texts_beside_it(folder: Path) -> None:
+    together, one_by_one = PickScore(folder), PickScore(folder)
+    expected = together.embed_texts(TEXTS)
+    one_by_one.encode(prompts(TEXTS[::-1]))
+    assert torch.equal(one_by_one.embed_texts(TEXTS), expected)
+
+
+def test_every_text_costs_the_same(folder: Path) -> None:
+    reward, flops = PickScore(folder), []
+    for texts in (["a"], ["a cat and a dog"], ["b", "c", "b"], ["b"]):
+        with FlopCounterMode(display=False) as counter:
+            reward.encode(prompts(texts))
+        flops.append(counter.get_total_flops())
+    assert flops[0] > 0
+    assert flops == [flops[0], flops[0], 2 * flops[0], 0]
+
+
 def test_autocast_does_not_touch_the_score(folder: Path) -> None:
     images = as_tensor(photographs(4))
     plain = PickScore(folder).score(images, prompts(TEXTS))["reward"]
+    other = PickScore(folder)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = PickScore(folder).score(images, prompts(TEXTS))["reward"]
+        other.encode(prompts(TEXTS))
+        inside = other.score(images, prompts(TEXTS))["reward"]
     assert torch.equal(plain, inside)
 
 

@@ -1,5 +1,7 @@
 """Weighted sums and the finiteness check."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -37,6 +39,19 @@ def test_gradients_flow_through_a_sum_of_differentiable_parts() -> None:
     expected[:, 0] = 3 / 16
     assert images.grad is not None
     torch.testing.assert_close(images.grad, expected)
+
+
+def test_every_part_encodes_the_prompts() -> None:
+    class Reader(Red):
+        def __init__(self) -> None:
+            self.read: list[Prompt] = []
+
+        def encode(self, prompts: Sequence[Prompt]) -> None:
+            self.read += prompts
+
+    first, second = Reader(), Reader()
+    WeightedSum({"first": (first, 1.0), "second": (second, 2.0), "red": (Red(), 1.0)}).encode(PROMPTS)
+    assert first.read == second.read == PROMPTS
 
 
 def test_weights_must_make_sense() -> None:

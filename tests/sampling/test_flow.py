@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from alignbench.errors import ConfigError
-from alignbench.sampling.flow import FlowPath, mean_per_sample, pipeline_grid, shifted_linspace
+from alignbench.sampling.flow import DiffusionPath, FlowPath, mean_per_sample, pipeline_grid, shifted_linspace
 
 PATH = FlowPath()
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # nothing here may depend on speed
@@ -52,6 +53,51 @@ def test_one_time_for_the_batch_equals_the_same_time_for_every_sample() -> None:
 
 def test_model_time_is_not_truncated() -> None:
     assert PATH.model_time(torch.tensor([0.96005, 1.0])).tolist() == pytest.approx([960.05, 1000.0], rel=1e-7)
+
+
+def test_training_times_are_logit_normal_through_the_shift() -> None:
+    levels = np.linspace(0.01, 0.99, 25)
+    t = 1 / (1 + np.exp(-norm.ppf(levels)))
+    for shift in (1.0, 3.0):
+        times = FlowPath(shift=shift).training_time(torch.tensor(levels))
+        np.testing.assert_allclose(times.numpy(), shift * t / (1 + (shift - 1) * t), rtol=1e-12)
+
+
+def diffusion_path() -> DiffusionPath:
+    """The schedule of Stable Diffusion 1.5, as diffusers makes it."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return DiffusionPath(scheduler.alphas_cumprod)
+
+
+def test_diffusion_path_equals_the_scheduler() -> None:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    x0, noise, _ = latents(4, torch.float32)
+    steps = torch.tensor([0, 437, 999])
+    path = diffusion_path()
+    assert path.model_time(steps / 1000).tolist() == [0, 437, 999]
+    x_t = path.interpolate(x0, noise, steps / 1000)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, steps), rtol=0, atol=1e-6)
+    assert torch.equal(path.target(x0, noise), noise)
+
+
+def test_diffusion_path_keeps_unit_variance() -> None:
+    """Of independent unit Gaussians ``x_0`` and ``e``, at every time: the squares of the two weights sum to 1."""
+    path = diffusion_path()
+    t = torch.arange(1000) / 1000
+    one, zero = torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1, dtype=torch.float64)
+    signal, noise = path.interpolate(one, zero, t), path.interpolate(zero, one, t)
+    torch.testing.assert_close(signal**2 + noise**2, one, rtol=0, atol=1e-12)
+    assert (signal.diff(dim=0) < 0).all()
+
+
+def test_diffusion_training_times_are_all_steps_alike() -> None:
+    path = diffusion_path()
+    times = path.training_time(torch.arange(4000, dtype=torch.float64) / 4000)
+    assert torch.equal(path.model_time(times), torch.arange(1000).repeat_interleave(4))
 
 
 def test_mean_per_sample_is_over_every_axis_but_the_batch() -> None:

@@ -1,0 +1,121 @@
+"""Settings against the signature that takes them: unknown names, missing names, values of another type."""
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from alignbench.errors import ConfigError
+
+T = TypeVar("T")
+
+PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path", NoneType: "null"}
+
+
+def construct(target: Callable[..., T], settings: Mapping[str, Any], where: str, **more: Any) -> T:
+    """Call ``target`` with settings, and with those of ``more`` that it takes.
+
+    The types are those of the signature's annotations; annotations that say nothing about plain data are not checked.
+
+    Args:
+        where: key of the settings in the configuration, for messages; empty at the top.
+
+    Raises:
+        ConfigError: a setting that the target does not have, one that it lacks, or a value of another type.
+    """
+    parameters = _parameters(target)
+    known = [name for name in parameters if name not in more]
+    unknown = [name for name in settings if name not in known]
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        hint = f"{nearest(unknown[0], known)} It has: {', '.join(known)}" if known else " It has none"
+        raise ConfigError(f"{where or 'the configuration'} has no setting {unknown[0]!r}.{hint}")
+    given = {name: value for name, value in more.items() if name in parameters}
+    for name, parameter in parameters.items():
+        key = f"{where}.{name}" if where else name
+        if name in settings:
+            given[name] = checked(settings[name], parameter.annotation, key)
+        elif name not in given and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise ConfigError(f"{key} is missing: it must be {wanted(parameter.annotation)}")
+    return target(**dict(settings) | given)
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target, eval_str=True).parameters
+    except NameError:  # a name that is imported for type checkers only: such a signature's types stay unchecked
+        return inspect.signature(target).parameters
+
+
+def checked(value: Any, hint: Any, key: str) -> Any:
+    """The value of a setting; a list becomes a tuple where the annotation asks for one.
+
+    Raises:
+        ConfigError: the value does not fit the annotation; names the key, the value and what works.
+    """
+    if not fits(value, hint):
+        given = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        verb = "choose" if any(get_origin(each) is Literal for each in _members(hint)) else "it must be"
+        raise ConfigError(f"{key} is {given}: {verb} {wanted(hint)}")
+    wants_tuple = any(get_origin(each) is tuple for each in _members(hint))
+    return tuple(value) if wants_tuple and isinstance(value, list) else value
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether plain data (of YAML) fits an annotation. An integer is a number; infinities and NaN are none."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str | Path)
+    if hint in PLAIN:
+        return isinstance(value, hint)
+    if origin is tuple and ... not in arguments:
+        return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(fits, value, arguments))
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(fits(each, arguments[0]) for each in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(each, arguments[1]) for each in value.values())
+    return True
+
+
+def wanted(hint: Any) -> str:
+    """What fits an annotation, in words."""
+    *others, last = [choice for each in _members(hint) for choice in _choices(each)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> list[str]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return [each if isinstance(each, str) else json.dumps(each) for each in arguments]
+    if origin is tuple and ... not in arguments:
+        return [f"a list of {len(arguments)} ({', '.join(map(wanted, arguments))})"]
+    if origin in (tuple, list, Sequence):
+        return [f"a list (of each {wanted(arguments[0])})"]
+    if origin in (dict, Mapping):
+        return ["a mapping"]
+    return [PLAIN.get(hint, "given")]
+
+
+def nearest(asked: str, known: Sequence[str]) -> str:
+    """`` Did you mean ...?``, or nothing if no known name is close."""
+    close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+    if not close:
+        last = asked.rsplit(".", 1)[-1]
+        ends = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.5)]
+    return f" Did you mean {close[0]!r}?" if close else ""

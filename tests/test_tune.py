@@ -1,0 +1,113 @@
+"""Equal tuning: the design is balanced, trials are found again in the records, and what is read from them is right."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignbench import tune
+from alignbench.errors import ConfigError
+from alignbench.report import data, tuning
+from alignbench.tune import Space
+from tests.report.synthetic import write_run
+
+LEVELS = {"method.optimizer.lr": [1e-4, 3e-4, 1e-3, 3e-3], "method.algorithm.beta": [0.1, 1.0], "method.k": [None, 1]}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    methods = {name: {"reward": "geneval", "knobs": LEVELS} for name in ("diffusion_nft", "flow_grpo")}
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({"experiment": "first", "trials": 8, "seed": 0, "methods": methods} | changes))
+    return path
+
+
+def test_every_level_is_tried_equally_often_and_no_setting_twice(tmp_path: Path) -> None:
+    design = Space.read(written(tmp_path)).design("flow_grpo")
+    assert len(design) == 8 == len({tuple(setting.values()) for setting in design})
+    for knob, levels in LEVELS.items():
+        assert Counter(setting[knob] for setting in design) == dict.fromkeys(levels, 8 // len(levels))
+    assert design == Space.read(written(tmp_path)).design("diffusion_nft")  # the same for every method
+
+
+def test_a_space_too_small_for_its_trials_is_refused(tmp_path: Path) -> None:
+    space = Space.read(written(tmp_path, methods={"m": {"reward": "geneval", "knobs": {"lr": [1, 2]}}}))
+    with pytest.raises(ConfigError, match="two of 8 trials are the same"):
+        space.design("m")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trials": 0},
+        {"methods": {"m": {"knobs": {"lr": [1, 2]}}}},
+        {"methods": {"m": {"reward": "r", "knobs": {"a": [1]}}}},
+        {"surprise": 1},
+        {"methods": {}},
+    ],
+)
+def test_a_malformed_space_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"space\.yaml"):
+        Space.read(written(tmp_path, **changes))
+
+
+def test_a_trial_is_an_ordinary_run(tmp_path: Path) -> None:
+    setting = {"method.optimizer.lr": 1e-3, "method.k": None}
+    command = Space.read(written(tmp_path)).command("flow_grpo", setting, tmp_path)
+    assert command[:3] == [sys.executable, "-m", "alignbench"]
+    assert command[3:] == [
+        "experiment=first", "method=flow_grpo", "reward=geneval", f"results={tmp_path}", "progress=false",
+        "method.optimizer.lr=0.001", "method.k=null",
+    ]  # fmt: skip
+
+
+def trial(gain: float | None, **setting: Any) -> tuning.Trial:
+    return tuning.Trial("m", "r", setting, "done", score=None if gain is None else 0.25 + gain, base=0.25)
+
+
+def test_best_so_far_winner_and_boundary_by_hand() -> None:
+    trials = [trial(None, a=1), trial(-0.125, a=2), trial(0.25, a=2), trial(0.125, a=3), trial(0.25, a=3)]
+    best = tuning.best_so_far(trials)
+    assert str(best[0]) == "nan"
+    assert best[1:] == [-0.125, 0.25, 0.25, 0.25]
+    assert tuning.winner(trials) is trials[2]
+    assert tuning.winner(trials[:1]) is None
+    assert tuning.boundary_hits(trials[2], {"a": [1, 2, 3]}) == []
+    assert tuning.boundary_hits(trials[3], {"a": [1, 2, 3]}) == ["a"]
+
+
+def test_the_summary_reads_the_trials_from_their_records(tmp_path: Path) -> None:
+    space = Space.read(written(tmp_path))
+    for number, setting in enumerate(space.design("diffusion_nft")[:3]):
+        config = {key: value for key, value in setting.items() if "." in key} | {"method.k": setting["method.k"]}
+        write_run(
+            tmp_path / "results",
+            seed=0,
+            variant=f"v{number}",
+            config=config,
+            status="failed" if number == 2 else "done",
+            message="diverged" if number == 2 else "",
+        )
+    tune.summarise(space, ["diffusion_nft"], tmp_path / "results", tmp_path)
+    lines = (tmp_path / "trials.md").read_text().splitlines()
+    rows = {line.split(" | ")[0]: line for line in lines if line.startswith("| ")}
+    assert rows["| diffusion_nft"].startswith("| diffusion_nft | geneval | 2/8 |")
+    assert " | +0.240 | " in rows["| 1"]  # trained on geneval, seed 0: strict gain 0.25 - 0.01
+    assert rows["| 3"].endswith("| failed: diverged |")
+    assert rows["| 4"].endswith("| not run |")
+    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_find_wants_every_knob_to_agree(tmp_path: Path) -> None:
+    write_run(tmp_path, config={"knob": 1, "other": 2})
+    records = data.load([tmp_path])
+    assert tuning.find(records, "first", "diffusion_nft", "geneval", {"knob": 1}).status == "done"
+    assert tuning.find(records, "first", "diffusion_nft", "geneval", {"knob": 1, "other": 3}).status == "not run"
+    assert tuning.find(records, "first", "flow_grpo", "geneval", {"knob": 1}).status == "not run"
+
+
+def test_an_unknown_method_is_an_error_before_any_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([str(written(tmp_path)), "--methods", "ddpo"]) == 1
+    assert "has no method 'ddpo'; it has: diffusion_nft, flow_grpo" in capsys.readouterr().err
