@@ -129,7 +129,8 @@ def explain(error: Exception, conf: Path) -> str:
         group, name = choice.groups()
         known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         return f"unknown {group} {name!r}.{nearest(name, known)} Known: {', '.join(known)}"
-    if key := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '([^']+)' is not in struct", text):
+    told = r"Could not (?:override|append to config|delete from config\.) '([^']+)'|Key '([^']+)' is not in struct"
+    if key := re.search(told, text):
         asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
         return f"unknown setting {asked!r}.{nearest(asked, _known_keys(conf))} --cfg job prints all of them"
     return str(error)

@@ -43,6 +43,7 @@ def command(*arguments: str) -> str:
     ("override", "message"),
     [
         ("method.algorithm.betta=1", "unknown setting 'method.algorithm.betta'. Did you mean 'method.algorithm.beta'?"),
+        ("~method.algorithm.betta", "unknown setting 'method.algorithm.betta'. Did you mean 'method.algorithm.beta'?"),
         ("bugdet.flops=1", "Did you mean 'budget.flops'?"),
         ("method=difusion_nft", "unknown method 'difusion_nft'. Did you mean 'diffusion_nft'? Known: "),
         ("reward=genevall", "unknown reward 'genevall'. Did you mean 'geneval'?"),

@@ -5,7 +5,8 @@ Where it fits: the run loop asks a method what to collect, what to step on and f
 ``online``         collecting images from the policy itself.
 ``advantages``     group advantages.   ``ppo`` the clipped surrogate.
 ``diffusion_nft``  DiffusionNFT.       ``flow_grpo`` Flow-GRPO.
-``tempflow_grpo``  TempFlow-GRPO.
+``tempflow_grpo``  TempFlow-GRPO.      ``preference`` DPO, DSPO, DMPO and the SDPO safeguard.
+``direct_align``   Direct-Align, SRPO, ReFL, DRaFT: the gradient of the reward itself.
 Gotchas: a loss is a sum over its rows and never calls backward; noise is seeded per sample and iteration, never by call
 order; every model or reward call goes through the stack, which counts it.
 """

@@ -468,6 +468,10 @@ def test_images_that_cannot_be_used(tiny_run: Compose, folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "ab1.png")
     with pytest.raises(DataError, match="resize the images to one size"):
         collected(parts)
+    for file in folder.glob("*.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(DataError, match=r"have latents \[4, 4, 4\], but the model works on \[4, 8, 8\]"):
+        collected(prepared(tiny_run, "srpo", f"method.algorithm.images={folder}"))
     lines = (folder / "images.jsonl").read_text().splitlines()
     (folder / "images.jsonl").write_text("\n".join(lines[2:]))
     with pytest.raises(DataError, match="has no image of 'ab'"):
