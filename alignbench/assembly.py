@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,7 +34,7 @@ from alignbench.tracking import Tracker
 
 T = TypeVar("T")
 
-DOMAIN_PROMPTS = {"shapes": "shapes"}  # the prompt set that belongs to a domain
+DOMAIN_PROMPTS = {"shapes": "shapes", "photo": "geneval"}  # the prompt set that belongs to a domain
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "hydra-core", "numpy")
 
 
@@ -84,13 +84,7 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     budget = Budget(config.budget)
-    curve, final = (_build(Protocol, config.evaluation[name], f"evaluation.{name}") for name in ("curve", "final"))
-    if curve.name == final.name or curve.split != final.split:
-        raise ConfigError(
-            "evaluation.curve and evaluation.final need different names and one split, got "
-            f"{curve.name!r} on {curve.split} and {final.name!r} on {final.split}"
-        )
-    domain = config.model.domain
+    curve, final = configured_protocols(config)
     method = _method(config)
     needs.check(config, method)
     if method.batch.total < processes.count:
@@ -104,21 +98,12 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
             f"an iteration needs {method.batch.prompts} distinct prompts but the set has {len(prompts)}; "
             f"method.batch.prompts={len(prompts)} is the most"
         )
-    device = str(processes.device)
-    rewards = {
-        name: (
-            _made(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", device=device),
-            float(part["weight"]),
-        )
-        for name, part in _plain(config.reward.parts).items()
-    }
-    reward = WeightedSum(rewards) if len(rewards) > 1 else _single(rewards)
-    policy: Policy = _made(config.model.policy, "model.policy", device=device, seed=config.seed)
+    reward = trained_reward(config, processes)
+    policy = pretrained(config, processes)
     for view in (*method.needs.views, "evaluation"):
         policy.add_view(view)
     reward.check(prompts)
-    ledger = Ledger(synchronise=torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None)
-    stack = Stack(policy, reward, ledger, processes, micro_batch=config.micro_batch)
+    stack = Stack(policy, reward, new_ledger(processes), processes, micro_batch=config.micro_batch)
     adamw = _plain(config.method.optimizer)
     return Parts(
         processes=processes,
@@ -126,12 +111,27 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
         stack=stack,
         method=method,
         prompts=prompts,
-        evaluator=_evaluator(config, stack),
+        evaluator=evaluator(config, stack, evaluated_prompts(config)),
         curve=curve,
         final=final,
         budget=budget,
         optimizer=optimizer.adamw(policy, **{name: adamw[name] for name in ("lr", "weight_decay", "betas", "eps")}),
     )
+
+
+def configured_protocols(config: DictConfig) -> tuple[Protocol, Protocol]:
+    """The protocol of the curves and that of the final scores.
+
+    Raises:
+        ConfigError: values out of range, one name for both, or two splits.
+    """
+    curve, final = (_build(Protocol, config.evaluation[name], f"evaluation.{name}") for name in ("curve", "final"))
+    if curve.name == final.name or curve.split != final.split:
+        raise ConfigError(
+            "evaluation.curve and evaluation.final need different names and one split, got "
+            f"{curve.name!r} on {curve.split} and {final.name!r} on {final.split}"
+        )
+    return curve, final
 
 
 def _plain(node: Any) -> Any:
@@ -160,6 +160,32 @@ def _method(config: DictConfig) -> Method:
     return method
 
 
+def trained_reward(config: DictConfig, processes: Processes) -> Reward:
+    """The reward that is trained on: its one part, or the weighted sum of several."""
+    domain = config.model.domain
+    device = str(processes.device)
+    rewards = {
+        name: (
+            _made(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", device=device),
+            float(part["weight"]),
+        )
+        for name, part in _plain(config.reward.parts).items()
+    }
+    return WeightedSum(rewards) if len(rewards) > 1 else _single(rewards)
+
+
+def pretrained(config: DictConfig, processes: Processes, **settings: Any) -> Policy:
+    """The configured model with its weights; ``settings`` stand in place of those of ``model.policy``."""
+    node = _plain(config.model.policy) | settings
+    policy: Policy = _made(node, "model.policy", device=str(processes.device), seed=config.seed)
+    return policy
+
+
+def new_ledger(processes: Processes) -> Ledger:
+    """An empty ledger whose clocks wait for the device."""
+    return Ledger(synchronise=torch.cuda.synchronize if processes.device.type == "cuda" else lambda: None)
+
+
 def _single(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
     """The reward of a single part; its weight must be 1, since a method's own scaling is a knob of the method."""
     ((name, (reward, weight)),) = rewards.items()
@@ -174,23 +200,30 @@ def _prompts(config: DictConfig, split: sets.Split) -> list[Prompt]:
                 f"there is no prompt set for {config.model.domain} models: give one with prompts=file prompts.path=FILE"
             )
         source = DOMAIN_PROMPTS[config.model.domain]
-    return sets.load(source, split, config.prompts.path)
+    return sets.load(source, split, config.prompts.path, _plain(config.prompts.get("dataset")))
 
 
-def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
+def evaluated_prompts(config: DictConfig) -> list[Prompt]:
+    """The prompts of the evaluation protocols."""
+    return _prompts(config, config.evaluation.final.split)
+
+
+def evaluator(config: DictConfig, stack: Stack, prompts: Sequence[Prompt]) -> Evaluator:
+    """What evaluates with the configured scorers, as far as they exist for the model's domain and for the prompts."""
     domain = config.model.domain
     scorers = {
-        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(stack.policy.device))
+        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(stack.processes.device))
         for name, node in _plain(config.evaluation.scorers).items()
         if domain in node
     }
-    prompts = _prompts(config, config.evaluation.final.split)
     stack.reward.check(prompts)
     fewest = min(config.evaluation[name].images_per_tag for name in ("curve", "final"))
     if fewest * len({tag_of(prompt) for prompt in prompts}) < stack.processes.count:
         raise ConfigError(f"{stack.processes.count} processes but fewer evaluated images: raise images_per_tag")
     if not all(prompt.metadata.get("include") for prompt in prompts):
         scorers.pop("geneval", None)  # prompts of one's own have no GenEval records
+    for scorer in scorers.values():
+        scorer.check(prompts)
     features = config.evaluation.features
     if features is not None and not hasattr(scorers.get(features), "embed_images"):
         able = [name for name, scorer in scorers.items() if hasattr(scorer, "embed_images")]
@@ -203,14 +236,17 @@ def _evaluator(config: DictConfig, stack: Stack) -> Evaluator:
 
 def protocols(config: DictConfig, parts: Parts) -> dict[str, dict[str, Any]]:
     """What the records say about each evaluation protocol, by its name, with its hash."""
-    descriptions = {}
-    for protocol in (parts.curve, parts.final):
-        samples = Samples.choose(parts.evaluator.prompts, protocol.images_per_tag)
-        described = protocol.describe(
-            samples, list(parts.evaluator.scorers), config.model.policy.dtype, parts.policy.latent_shape
-        )
-        descriptions[protocol.name] = described | {"hash": config_hash(described)}
-    return descriptions
+    return {
+        protocol.name: described(config, protocol, parts.evaluator, parts.policy)
+        for protocol in (parts.curve, parts.final)
+    }
+
+
+def described(config: DictConfig, protocol: Protocol, evaluator: Evaluator, policy: Policy) -> dict[str, Any]:
+    """What the records say about an evaluation protocol, with its hash."""
+    samples = Samples.choose(evaluator.prompts, protocol.images_per_tag)
+    description = protocol.describe(samples, list(evaluator.scorers), config.model.policy.dtype, policy.latent_shape)
+    return description | {"hash": config_hash(description)}
 
 
 def tracker(config: DictConfig, folder: Path) -> Tracker | None:
@@ -221,31 +257,38 @@ def tracker(config: DictConfig, folder: Path) -> Tracker | None:
 def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
     """What run.json says about a run, apart from its reward and variant."""
     trainable = sum(parameter.numel() for parameter in parts.policy.trainable_parameters().values())
-    described = protocols(config, parts)
+    known = protocols(config, parts)
     return {
         "experiment": config.name,
         "model": config.model.name,
         "method": config.method.name,
         "seed": config.seed,
         "config_hash": config_hash(identity(config)),
-        "protocol": described[parts.curve.name],
-        "protocol_hash": described[parts.curve.name]["hash"],
-        "final_protocol": described[parts.final.name],
-        "final_protocol_hash": described[parts.final.name]["hash"],
+        "protocol": known[parts.curve.name],
+        "protocol_hash": known[parts.curve.name]["hash"],
+        "final_protocol": known[parts.final.name],
+        "final_protocol_hash": known[parts.final.name]["hash"],
         "targets": _plain(config.reward.targets),
         "normalisation": _plain(config.reward.normalisation),
         "budget": parts.budget.limits,
         "parameters": {"trainable": trainable},
+        **environment(parts.processes),
+    }
+
+
+def environment(processes: Processes) -> dict[str, Any]:
+    """What run.json says about the code, the packages and the machine."""
+    return {
         "git": _git(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "hardware": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if parts.processes.device.type == "cuda" else None,
+            "gpu": torch.cuda.get_device_name() if processes.device.type == "cuda" else None,
         },
         "threads": torch.get_num_threads(),
-        "processes": parts.processes.count,
+        "processes": processes.count,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 

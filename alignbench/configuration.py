@@ -47,7 +47,12 @@ def identity(config: DictConfig) -> dict[str, Any]:
             for key, value in deciding.items()
         }
 
-    return part(plain(config))
+    whole = part(plain(config))
+    domain = whole["model"]["domain"]
+    for parts in (whole["reward"]["parts"], whole["evaluation"]["scorers"]):  # what it is for other models says nothing
+        for name, node in parts.items():
+            parts[name] = {key: value for key, value in node.items() if key == domain or not isinstance(value, Mapping)}
+    return whole
 
 
 def variant(overrides: Sequence[str]) -> str:

@@ -159,26 +159,53 @@ class Evaluator:
     def __call__(
         self, protocol: Protocol, *, view: str, guidance: float, between: Callable[[], None] = lambda: None
     ) -> Evaluation:
-        """Sample every image of the protocol with a view's weights and score it.
+        """Sample every image of the protocol with a view's weights and score it; how far the weights have drifted.
 
-        Images are scored as soon as a micro-batch of them is decoded; only those of the grid are kept. ``between`` is
-        called by all processes at the same points, one micro-batch apart; what it raises ends the evaluation.
+        ``between`` is called by all processes at the same points, one micro-batch apart; what it raises ends the
+        evaluation.
         """
         samples = Samples.choose(self.prompts, protocol.images_per_tag)
+        result = self.measure(samples, self.sampled(protocol, samples, view=view, guidance=guidance), between)
+        result.metrics["drift"] = self.drift(view)
+        return result
+
+    def sampled(
+        self, protocol: Protocol, samples: Samples, *, view: str, guidance: float
+    ) -> Callable[[Sequence[int]], Tensor]:
+        """Rows of the samples -> their images ``[rows, 3, height, width]`` in [0, 1], by a view's weights."""
+        sampler = protocol.sampler(guidance)
+
+        def draw(rows: Sequence[int]) -> Tensor:
+            chosen = [samples.rows[row] for row in rows]
+            prompts = [samples.prompts[prompt] for prompt, _ in chosen]
+            seeds = [
+                seed_of("evaluation noise", prompt.id, image)
+                for prompt, (_, image) in zip(prompts, chosen, strict=True)
+            ]
+            images = self.stack.sample(prompts, sampler, seeds, view=view, keep_images=True, score=False).images
+            assert images is not None
+            return images
+
+        return draw
+
+    def measure(
+        self,
+        samples: Samples,
+        draw: Callable[[Sequence[int]], Tensor],
+        between: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Score the images that ``draw`` gives for rows of the samples.
+
+        Images are scored as soon as a micro-batch of them is there; only those of the grid are kept.
+        """
         grid = grid_rows(samples)
         shown = sorted({row for line in grid for row in line})
-        sampler = protocol.sampler(guidance)
         local = self.stack.processes.shard(len(samples.rows))
 
         def chunk(places: range) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
             rows = local[places.start : places.stop]
             prompts = [samples.prompts[samples.rows[row][0]] for row in rows]
-            images_of = [samples.rows[row][1] for row in rows]
-            seeds = [
-                seed_of("evaluation noise", prompt.id, image) for prompt, image in zip(prompts, images_of, strict=True)
-            ]
-            images = self.stack.sample(prompts, sampler, seeds, view=view, keep_images=True, score=False).images
-            assert images is not None
+            images = draw(rows)
             scores = self._score(images, prompts, rows)
             embeddings = None if self.features is None else self.stack.embed(images, self.features)
             return scores, embeddings, images[[place for place, row in enumerate(rows) if row in shown]].cpu()
@@ -197,7 +224,6 @@ class Evaluator:
             if embeddings:
                 metrics["diversity"] = diversity(gather(torch.cat(embeddings)).cpu(), samples)
             images = gather(torch.cat([part[2] for part in parts]))
-            metrics["drift"] = self._drift(view)
         of_row = [samples.prompts[samples.rows[line[0]][0]] for line in grid]
         table = {
             "prompt_ids": [prompt.id for prompt in samples.prompts],
@@ -229,7 +255,7 @@ class Evaluator:
                 ledger.read(POLICY, [""], 0)
 
     def sample_reference(self) -> None:
-        """Draw the base model's samples on which drift is measured; before the first evaluation, once a process."""
+        """Draw the base model's samples on which drift is measured; before the first one, on every process."""
         rows = self.stack.processes.shard(DRIFT_SAMPLES)
         prompts = [self.prompts[row % len(self.prompts)] for row in rows]
         with self.stack.ledger.during("evaluation"):
@@ -239,7 +265,7 @@ class Evaluator:
         noise = self.stack.policy.noise(seeds_of("drift noise", ids=rows))
         self._reference = rollout.latents, noise, rollout.condition
 
-    def _drift(self, view: str) -> float:
+    def drift(self, view: str) -> float:
         """Mean squared velocity difference from the reference on the reference's own, noised samples."""
         assert self._reference is not None, "sample_reference comes first"
         x_0, noise, condition = self._reference
@@ -255,7 +281,8 @@ class Evaluator:
                 squares.append((v - v_ref).square().flatten(1).mean(1))
             return torch.stack(squares, 1)
 
-        squares = torch.cat(self.stack.micro_batch.chunks(len(x_0), chunk))
+        with self.stack.ledger.during("evaluation"), torch.no_grad(), undisturbed():
+            squares = torch.cat(self.stack.micro_batch.chunks(len(x_0), chunk))
         return float(self.stack.processes.gather(squares).mean())
 
 

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from alignbench import assembly, base_evaluation, optimizer, plan
+from alignbench import assembly, base_evaluation, model_card, optimizer, plan
 from alignbench.assembly import Parts
 from alignbench.configuration import identity, reward_name, run_folder, variant
 from alignbench.errors import AlignbenchError, RecordError, RewardError
@@ -22,7 +22,7 @@ from alignbench.evaluation import Protocol
 from alignbench.methods.method import Clock
 from alignbench.processes import Stopped
 from alignbench.prompts.sets import draw
-from alignbench.records import Checkpoint, RunDirectory, Status
+from alignbench.records import Checkpoint, RunDirectory, Status, read_run
 from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
@@ -172,8 +172,14 @@ class Loop:
             raise
         self.save()
         if self.records is not None:
-            self.records.write_folder("lora", lambda folder: self.parts.policy.export(folder, view="evaluation"))
+            self.records.write_folder("lora", self.export)
         self.set_status("done")
+
+    def export(self, folder: Path) -> None:
+        """Write the final weights, and what they scored as their model card."""
+        assert self.records is not None
+        self.parts.policy.export(folder, view="evaluation")
+        (folder / model_card.NAME).write_text(model_card.card(read_run(self.records.folder)), encoding="utf-8")
 
     def train(self) -> None:
         """Iterations, curve evaluations and checkpoints, until the budget is spent."""

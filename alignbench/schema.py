@@ -26,19 +26,23 @@ def check(config: DictConfig) -> None:
         ConfigError: a mandatory value is missing, a setting is unknown, of another type or out of range.
     """
     run = construct(Run, plain(config), "")
-    construct(Model, run.model, "model")
     method = construct(Method, run.method, "method")
     construct(Optimizer, method.optimizer, "method.optimizer")
-    reward = construct(Reward, run.reward, "reward")
-    for name, part in reward.parts.items():
+    check_evaluated(run.model, run.reward, run.prompts, run.evaluation)
+    for axis, limit in run.budget.items():
+        checked(limit, float | None, f"budget.{axis}")
+
+
+def check_evaluated(model: Section, reward: Section, prompts: Section, evaluation: Section) -> None:
+    """Refuse sections that say what is evaluated, and how, if they cannot be used; see ``check``."""
+    construct(Model, model, "model")
+    for name, part in construct(Reward, reward, "reward").parts.items():
         folder_name(name, "reward.parts has a part")
         if "weight" not in part:
             raise ConfigError(f"reward.parts.{name}.weight is missing: it must be a number (1.0 for a single part)")
         checked(part["weight"], float, f"reward.parts.{name}.weight")
-    construct(Prompts, run.prompts, "prompts")
-    construct(Evaluation, run.evaluation, "evaluation")
-    for axis, limit in run.budget.items():
-        checked(limit, float | None, f"budget.{axis}")
+    construct(Prompts, prompts, "prompts")
+    construct(Evaluation, evaluation, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class Prompts:
     split: Split
     path: str | None
     balance: Literal["tag", "none"]
+    dataset: Section | None = None
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,13 @@ class Stack:
             self.ledger.read(POLICY, [""], self.flops["text"])
         return self.policy.predict(latents, sigma, condition, guidance=guidance, detach_uncond=detach_uncond, view=view)
 
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, condition: Condition, *, guidance: float = 1.0, view: str = "current"
+    ) -> Tensor:
+        """One counted prediction as a velocity, whatever the model predicts: what solvers walk along."""
+        prediction = self.predict(latents, sigma, condition, guidance=guidance, view=view)
+        return self.policy.path.velocity(latents, prediction, sigma)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images in [0, 1]; with gradients where the latents carry them."""
         passes = 3 if torch.is_grad_enabled() and latents.requires_grad else 1  # a backward costs two forwards
@@ -243,7 +250,7 @@ class Stack:
             few = list(prompts[rows.start : rows.stop])
 
             def predict(latents: Tensor, sigma: Tensor) -> Tensor:
-                return self.predict(latents, sigma, part, guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part, guidance=sampler.guidance, view=view)
 
             def draw(step: int) -> Tensor:
                 if step_seeds is None:
@@ -301,7 +308,7 @@ class Stack:
             part = condition[rows.start : rows.stop]
 
             def predict(latents: Tensor, sigma: Tensor) -> Tensor:
-                return self.predict(latents, sigma, part, guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part, guidance=sampler.guidance, view=view)
 
             def draw(step: int) -> Tensor:
                 return self.policy.noise([step_seeds(row, step, each) for row in rows for each in range(branches)])
@@ -319,7 +326,7 @@ class Stack:
             part = condition[trunk]
 
             def predict(latents: Tensor, sigma: Tensor, walking: Tensor) -> Tensor:
-                return self.predict(latents, sigma, part[walking], guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part[walking], guidance=sampler.guidance, view=view)
 
             latents = finish(predict, trajectory.next_latents[chosen, 0], first, grid, sampler)
             few = [prompts[each] for each in trunk.tolist()]

@@ -157,7 +157,7 @@ class Likelihood(GroupCentred):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("Epsilon", "holds for models that predict epsilon, but shapes predicts velocity; models that fit: none yet"),
+        ("Epsilon", "holds for models that predict epsilon, but shapes predicts velocity; models that fit: sd15, sdxl"),
         ("Likelihood", "needs log-probabilities: set method.rollout.stochastic to flow, dance or cps"),
     ],
 )

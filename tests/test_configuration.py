@@ -1,6 +1,8 @@
 """Names of variants: short, canonical, and different for different settings."""
 
-from alignbench.configuration import variant
+from hydra import compose, initialize_config_dir
+
+from alignbench.configuration import CONF, identity, variant
 
 
 def test_only_what_changes_numbers_names_the_variant() -> None:
@@ -26,3 +28,10 @@ def test_long_and_odd_names_become_safe_folders() -> None:
     name = variant([f"method.algorithm.x{i}=[1, 2, {i}/../]" for i in range(30)])
     assert len(name) <= 80
     assert "/" not in name
+
+
+def test_what_a_reward_is_for_other_models_is_not_part_of_a_runs_identity() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = identity(compose("config", ["reward=pickscore"]))
+    assert set(whole["reward"]["parts"]["pickscore"]) == {"weight", "shapes"}
+    assert set(whole["evaluation"]["scorers"]["pickscore"]) == {"shapes"}

@@ -17,7 +17,7 @@ from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience,
 from alignbench.methods.online import collect_images
 from alignbench.policies.policy import Policy
 from alignbench.prompts.prompt import Prompt
-from alignbench.sampling.flow import FlowPath, mean_per_sample, per_sample
+from alignbench.sampling.flow import ProbabilityPath, mean_per_sample, per_sample
 from alignbench.sampling.rollout import Sampler
 from alignbench.sampling.stochastic import kl_velocity
 from alignbench.stack import Stack
@@ -44,7 +44,15 @@ def optimality(advantage: Tensor, a_max: float, mode: Mode = "all") -> Tensor:
 
 
 def nft_loss(
-    v: Tensor, v_old: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, r: Tensor, beta: float, a_max: float, path: FlowPath
+    v: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    beta: float,
+    a_max: float,
+    path: ProbabilityPath,
 ) -> Tensor:
     """``A_max (r L_pos + (1 - r) L_neg) / beta`` per sample (arXiv 2509.16117, eq. 5; weights of the code).
 

@@ -279,7 +279,7 @@ class SamplerGradient(Method):
         reward_scale: what rewards are divided by.
     """
 
-    needs = Needs(differentiable_reward=True)
+    needs = Needs(parameterisations=("velocity", "epsilon"), differentiable_reward=True)
 
     def __init__(self, *, reward_scale: float, sampler: Sampler, batch: BatchSize, seed: int) -> None:
         super().__init__(sampler=sampler, batch=batch, seed=seed)
@@ -364,8 +364,8 @@ class ReFL(SamplerGradient):
     def clean(self, stack: Stack, latents: Tensor, stop: Tensor, condition: Condition) -> Tensor:
         grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
         s = grid[stop.to(grid.device)]
-        v = stack.predict(latents, s, condition, guidance=self.sampler.guidance)
-        return stack.policy.path.clean(latents, v, s)
+        prediction = stack.predict(latents, s, condition, guidance=self.sampler.guidance)
+        return stack.policy.path.clean(latents, prediction, s)
 
     def expected_cost(self) -> Cost:
         return self.cost(calls=1)
@@ -398,7 +398,7 @@ class DRaFT(SamplerGradient):
         grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
         solver, state = SOLVERS[self.sampler.solver], None  # a one-step solver has nothing to remember
         for i in range(self.sampler.steps - self.last_steps, self.sampler.steps):
-            v = stack.predict(latents, grid[i].expand(len(latents)), condition, guidance=self.sampler.guidance)
+            v = stack.velocity(latents, grid[i].expand(len(latents)), condition, guidance=self.sampler.guidance)
             latents, state = solver(latents, v, i, grid, state)
         return latents
 

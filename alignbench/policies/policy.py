@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignbench.policies.weights import Weights
-from alignbench.sampling.flow import FlowPath
+from alignbench.sampling.flow import ProbabilityPath
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Policy(ABC):
         latent_shape: channels, height, width of one latent.
     """
 
-    path: FlowPath
+    path: ProbabilityPath
     weights: Weights
     device: torch.device
     dtype: torch.dtype
@@ -111,11 +111,12 @@ class Policy(ABC):
         detach_uncond: bool = False,
         view: str = "current",
     ) -> Tensor:
-        """The model's native output, here the velocity of the flow.
+        """The model's native output, what `path` says it predicts: the velocity of the flow, or the noise.
 
         Args:
             latents: ``[B, C, h, w]`` in `latent_dtype`.
-            sigma: ``[B]`` in [0, 1], a noise level per sample; the model's time input is exactly ``1000 * sigma``.
+            sigma: ``[B]`` in [0, 1], a noise level per sample. A flow's network is given ``1000 * sigma``, not rounded;
+                that of a diffusion model the nearest training step.
             condition: embeddings of B texts.
             guidance: classifier-free guidance g of ``v_uncond + g (v_cond - v_uncond)``; 1 is a single pass of B.
             guidance_embedding: the guidance *input* of guidance-distilled models; an error for models without one.

@@ -2,32 +2,37 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
 from alignbench.seeding import generator
+from alignbench.settings import construct
 
 Split = Literal["train", "tuning", "test", "all"]
 LONGEST_PROMPT = 2_000  # characters; the longest text encoders read 512 tokens
 
 
-def load(source: str, split: Split = "train", path: str | None = None) -> list[Prompt]:
+def load(
+    source: str, split: Split = "train", path: str | None = None, dataset: Mapping[str, Any] | None = None
+) -> list[Prompt]:
     """Load a prompt set.
 
     Args:
-        source: ``"shapes"`` (captions of the embedded world) or ``"file"``.
+        source: ``"shapes"`` (captions of the embedded world), ``"geneval"``, ``"file"`` or ``"dataset"``.
         split: ``"train"``, ``"tuning"``, ``"test"`` or ``"all"``, for sources that have splits.
         path: of a ``.txt`` (a prompt a line) or ``.jsonl`` file (an object a line with the key ``prompt``; the other
-            keys, for example GenEval's ``tag`` and ``include``, become the metadata).
+            keys, for example GenEval's ``tag`` and ``include``, become the metadata); or a data set's hub id or folder.
+        dataset: where a data set has its prompts, see ``hub.PromptColumns``.
 
     Raises:
-        ConfigError: unknown source.
-        DataError: unreadable file, empty line, invalid JSON, over-long or repeated prompt; the line is named.
+        ConfigError: unknown source, or a split that it does not have.
+        DataError: unreadable file, empty line, invalid JSON, over-long or repeated prompt; the line is named. A data
+            set that cannot be read or lacks a column.
     """
     if source == "shapes":
         from alignbench.shapes.captions import split as captions
@@ -39,7 +44,17 @@ def load(source: str, split: Split = "train", path: str | None = None) -> list[P
                 "prompts=file needs prompts.path=FILE (.txt: a prompt a line; .jsonl: objects with a prompt)"
             )
         return read_file(Path(path))
-    raise ConfigError(f"prompts.source {source!r} is not known; choose shapes or file")
+    if source == "geneval":
+        from alignbench.prompts.geneval import split as geneval
+
+        return geneval(split)
+    if source == "dataset":
+        from alignbench.prompts.hub import PromptColumns
+
+        if path is None or dataset is None:
+            raise ConfigError("prompts.source=dataset needs prompts.path (hub id or folder) and prompts.dataset")
+        return construct(PromptColumns, dataset, "prompts.dataset").load(path, split)
+    raise ConfigError(f"prompts.source {source!r} is not known; choose shapes, geneval, file or dataset")
 
 
 def read_file(path: Path) -> list[Prompt]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from alignbench.errors import AlignbenchError
 from alignbench.report.page import build
 
+CLAIMS = Path("experiments/claims")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 with a page, 1 where there is nothing to show or the output cannot be written."""
@@ -16,9 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("results/report"), help="folder of the report (default: %(default)s)"
     )
+    parser.add_argument(
+        "--claims", type=Path, help=f"folder of published claims, a YAML file a paper (default: {CLAIMS}, if it exists)"
+    )
     options = parser.parse_args(arguments)
+    claims = options.claims or (CLAIMS if CLAIMS.is_dir() else None)
     try:
-        build(options.paths, options.output)
+        build(options.paths, options.output, claims=claims)
     except AlignbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

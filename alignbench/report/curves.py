@@ -16,9 +16,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from alignbench.report.data import AXES, Axis, Comparison, TrainingRun
+from alignbench.report.data import AXES, UNTUNED, Axis, Comparison, TrainingRun
 from alignbench.report.statistics import Array, interpolate, pointwise_interval
 
 # Colours of methods on white and on the page's dark background: at least 3:1 against it, and apart from each other with
@@ -63,8 +64,7 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
     With more than seven labels colours repeat, with other markers.
     """
-    known = [label for label in KNOWN if label in labels]
-    slots = {label: KNOWN.index(label) for label in known}
+    slots = {label: KNOWN.index(name) for label in labels if (name := label.removesuffix(UNTUNED)) in KNOWN}
     free = [slot for slot in range(len(LIGHT)) if slot not in slots.values()] or [0]
     others = sorted(label for label in labels if label not in slots)
     styled = {label: Style(slot, MARKERS[slot]) for label, slot in slots.items()}
@@ -190,8 +190,25 @@ def axis_scale(axis: Axis, largest: float) -> tuple[float, str]:
     return 1.0, f"{axis.title} (method's clock)" if axis.key == "seconds" else axis.title
 
 
-def _short(name: str, longest: int = 34) -> str:
+def short(name: str, longest: int = 34) -> str:
+    """A name that fits into a legend."""
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def legend_room(names: Sequence[str], extra: int = 0) -> tuple[int, float]:
+    """(columns of the legend, top of the axes below its rows) for some methods and a number of other lines."""
+    entries = len(names) + extra
+    columns = 3 if entries > 4 and max(len(short(name)) for name in names) <= 16 else 2
+    return columns, 0.895 - 0.047 * math.ceil(entries / columns)
+
+
+def head(figure: Figure, title: str, handles: Sequence[Line2D], columns: int) -> None:
+    """Title and legend above the axes."""
+    figure.text(0.02, 0.955, title, fontsize=10, fontweight="bold", va="center")
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.005, 0.925), ncols=columns, frameon=False,
+        fontsize=7.8, handlelength=2.2, columnspacing=1.4, borderpad=0.2, labelspacing=0.25,
+    )  # fmt: skip
 
 
 def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
@@ -200,10 +217,8 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
     scale, label = axis_scale(plot.axis, max(x[-1] for x, _ in drawn))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.3))
-        names = [_short(curve.label) for curve in plot.curves]
-        entries = len(names) + len(plot.base)
-        columns = 3 if entries > 4 and max(map(len, names)) <= 16 else 2
-        bottom, top = 0.135, 0.895 - 0.047 * math.ceil(entries / columns)  # below the legend's rows
+        columns, top = legend_room([curve.label for curve in plot.curves], extra=len(plot.base))
+        bottom = 0.135
         axes = figure.add_axes((0.105, bottom, 0.865, top - bottom))
         base, handles = [], []
         dashed, dotted = iter(((5, 2), (7, 2, 1.5, 2), (3, 3))), iter(((1, 1.5), (1, 3.5), (1, 1.5, 1, 4)))
@@ -218,7 +233,7 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
             mean = curve.band
             if mean is None:  # nothing finished: the legend still needs the method
                 handles += axes.plot(
-                    [], [], color=look.colour, linewidth=0.75, linestyle=(0, (2, 2)), label=_short(curve.label)
+                    [], [], color=look.colour, linewidth=0.75, linestyle=(0, (2, 2)), label=short(curve.label)
                 )
                 continue
             if mean.n > 1:
@@ -226,7 +241,7 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
                     mean.x / scale, mean.low, mean.high, color=look.colour, alpha=0.16, linewidth=0, zorder=1.5
                 )  # fmt: skip
             handles += axes.plot(
-                mean.x / scale, mean.mean, color=look.colour, linewidth=1.8, label=_short(curve.label), zorder=3,
+                mean.x / scale, mean.mean, color=look.colour, linewidth=1.8, label=short(curve.label), zorder=3,
                 marker=look.marker, markersize=4, markevery=0.12, markeredgewidth=0,
             )  # fmt: skip
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -237,11 +252,7 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(label, color=MUTED)
-        figure.text(0.02, 0.955, plot.title, fontsize=10, fontweight="bold", va="center")
-        figure.legend(
-            handles=[*handles, *base], loc="upper left", bbox_to_anchor=(0.005, 0.925), ncols=columns, frameon=False,
-            fontsize=7.8, handlelength=2.2, columnspacing=1.4, borderpad=0.2, labelspacing=0.25,
-        )  # fmt: skip
+        head(figure, plot.title, [*handles, *base], columns)
     return figure
 
 

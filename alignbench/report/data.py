@@ -15,6 +15,7 @@ from alignbench.errors import AlignbenchError
 from alignbench.report.statistics import Array
 
 BASE, TRAINED = "base", "evaluation"  # the kinds of weights that are compared
+UNTUNED = " (untuned)"  # behind the name of a method that inherits its settings
 METHOD_PHASES = ("rollout", "training")  # the method's clock; evaluation is apart
 
 
@@ -136,6 +137,15 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> Cost:
     return Cost(_numbers(ledger) | waste, phases, _seconds(last), peak)
 
 
+def _late(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the training metrics over the last tenth of the iterations, at least one."""
+    values: dict[str, list[float]] = {}
+    for row in rows[-max(1, len(rows) // 10) :]:
+        for key, value in _numbers(row).items():
+            values.setdefault(key, []).append(value)
+    return {key: float(np.mean(found)) for key, found in values.items()}
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """One training run: the unit of replication."""
@@ -155,11 +165,14 @@ class TrainingRun:
     fraction: float
     evaluations: tuple[Evaluation, ...]
     cost: Cost
+    late: Mapping[str, float]  # training metrics, means over the last tenth of the iterations
     problems: tuple[str, ...]
 
     @property
     def label(self) -> str:
-        return f"{self.method}@{self.variant}" if self.variant else self.method
+        """The method's name in the report, with what was changed, and whether nobody tuned it for this setting."""
+        name = f"{self.method}@{self.variant}" if self.variant else self.method
+        return f"{name}{UNTUNED}" if self.config.get("method.tuned") is False else name
 
     @property
     def finished(self) -> bool:
@@ -323,6 +336,7 @@ def _training_run(folder: Path, name: str) -> TrainingRun | Unreadable:
         fraction=_numbers(status).get("fraction", 0.0),
         evaluations=tuple(evaluations),
         cost=_cost([*found.metrics, *found.evaluations]),
+        late=_late(found.metrics),
         problems=tuple(problems),
     )
 

@@ -27,6 +27,7 @@ class Frame:
     caption: str
     alt: str
     prompts: tuple[str, ...]  # of the rows, from the top; empty where the records do not name them
+    used: int | None  # share of the budget in percent; None beside training, at another guidance than the curves'
 
     @property
     def hard_pixels(self) -> bool:
@@ -104,7 +105,8 @@ def strip(run: TrainingRun) -> Strip:
             continue
         caption = _caption(row)
         alt = f"Grid of sampled images, {run.label} trained on {run.reward}, seed {run.seed}: {caption}."
-        frames.append(Frame(source, width, height, caption, alt, prompts(row)))
+        used = min(100, round(100 * row.fraction)) if row.guidance == run.curve_guidance else None
+        frames.append(Frame(source, width, height, caption, alt, prompts(row), used))
     return Strip(run.label, run.name, run.seed, tuple(frames), tuple(missing))
 
 

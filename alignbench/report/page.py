@@ -2,7 +2,7 @@
 
 index.html      everything, without any external resource
 figures/        every figure as SVG and PNG
-tables/         every table as CSV and Markdown, every evaluation and every plotted mean as CSV
+tables/         every table as CSV, Markdown and LaTeX, every evaluation and every plotted number as CSV
 files.txt       what this report wrote, so that the next one removes what it no longer writes
 """
 
@@ -13,9 +13,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from alignbench.errors import AlignbenchError
-from alignbench.report import curves, gallery, provenance, tables
+from alignbench.report import across, claims, curves, gallery, hacking, matched, provenance, tables, verdict, within
+from alignbench.report.claims import read
 from alignbench.report.data import Axis, Comparison, Records, Study, load
 
 PNG_DPI = 160
@@ -80,6 +82,14 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class Hacking:
+    """The paths of one comparison: (SVG element, text alternative) of every metric."""
+
+    title: str
+    plots: Sequence[tuple[Markup, str]]
+
+
+@dataclass(frozen=True)
 class Samples:
     """Sample grids of one comparison."""
 
@@ -123,11 +133,7 @@ def _curves(
                     plot = curves.plot(name, title, metric, axis, comparison)
                     if plot is None:
                         continue
-                    figure = curves.draw(plot, style)
-                    drawn = curves.svg(figure, name)
-                    output.add(f"figures/{name}.svg", drawn)
-                    output.add(f"figures/{name}.png", curves.png(figure, PNG_DPI))
-                    plots[axis.key] = (Markup(curves.inline(drawn)), curves.describe(plot))
+                    plots[axis.key] = (_draw(curves.draw(plot, style), name, output), curves.describe(plot))
                     plotted += curves.rows(plot, where | {"protocol_hash": key})
                 if plots:
                     panels.append(Panel(title, plots))
@@ -139,6 +145,28 @@ def _curves(
             title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
             protocol = tables.protocol_title(records.protocols, key)
             yield Curves(title, protocol, tuple(panels), tuple(notes)), plotted
+
+
+def _hacking(
+    study: Study, style: Mapping[str, curves.Style], output: Output
+) -> Iterator[tuple[Hacking, list[dict[str, Any]]]]:
+    for comparison in study.comparisons:
+        where = {"experiment": study.experiment, "model": study.model, "trained_on": comparison.reward}
+        plots, points = [], []
+        for plot in hacking.figures(comparison):
+            name = tables.slug("hacking", study.experiment, study.model, comparison.reward, plot.metric)
+            plots.append((_draw(hacking.draw(plot, style), name, output), hacking.describe(plot)))
+            points += list(hacking.rows(plot, where))
+        if plots:
+            yield Hacking(f"{study.experiment}, {study.model}: trained on {comparison.reward}", plots), points
+
+
+def _draw(figure: Figure, name: str, output: Output) -> Markup:
+    """Write one figure as SVG and PNG; returns the SVG for the page."""
+    drawn = curves.svg(figure, name)
+    output.add(f"figures/{name}.svg", drawn)
+    output.add(f"figures/{name}.png", curves.png(figure, PNG_DPI))
+    return Markup(curves.inline(drawn))
 
 
 def _evaluations(records: Records) -> Iterator[dict[str, Any]]:
@@ -167,7 +195,7 @@ def _summary(records: Records) -> list[str]:
     return [f"{_several(total, 'run')}, {finished} finished: {compared}."]
 
 
-def render(records: Records, output: Output) -> str:
+def render(records: Records, output: Output, published: Sequence[claims.Claim] = ()) -> str:
     """The page; figures and tables are added to `output` on the way."""
     style = curves.styles(records.labels)
     protocols = records.protocols
@@ -178,7 +206,19 @@ def render(records: Records, output: Output) -> str:
         for section, rows in _curves(study, records, axes, style, output):
             drawn.append(section)
             plotted += rows
+    paths, points = [], []
+    for study in studies:
+        for part, rows in _hacking(study, style, output):
+            paths.append(part)
+            points += rows
+    verdicts = [each for study in studies for each in verdict.verdicts(study, protocols)]
     sections = {
+        "verdict": [each.table for each in verdicts],
+        "pairs": [across.pairs(study) for study in studies],
+        "tasks": [across.methods(study) for study in studies if len(study.comparisons) > 1],
+        "matched": [table for study in studies for table in matched.matched(study, protocols)],
+        "within": [within.table(records)],
+        "claims": [claims.table(claims.findings(records, published))] if published else [],
         "headline": [table for study in studies for table in tables.headline(study, protocols)],
         "efficiency": [table for study in studies for table in tables.efficiency(study, protocols)],
         "geneval": [table for study in studies for table in tables.geneval(study, protocols)],
@@ -191,9 +231,11 @@ def render(records: Records, output: Output) -> str:
     }
     for table in (table for section in sections.values() for table in section):
         output.add(f"tables/{table.name}.md", tables.markdown(table))
+        output.add(f"tables/{table.name}.tex", tables.latex(table))
         output.add(f"tables/{table.name}.csv", tables.csv(table.records))
     output.add("tables/evaluations.csv", tables.csv(_evaluations(records)))
     output.add("tables/curves.csv", tables.csv(plotted))
+    output.add("tables/hacking.csv", tables.csv(points))
     samples = [
         Samples(f"{study.experiment}, {study.model}: trained on {comparison.reward}", gallery.strips(comparison))
         for study in studies
@@ -209,6 +251,8 @@ def render(records: Records, output: Output) -> str:
         tables=sections,
         axes=axes,
         curves=drawn,
+        verdicts=verdicts,
+        hacking=paths,
         samples=[section for section in samples if section.strips],
         slots={label: look.slot for label, look in style.items()},
         light=curves.LIGHT,
@@ -218,19 +262,21 @@ def render(records: Records, output: Output) -> str:
     )
 
 
-def build(paths: Sequence[Path], output: Path, say: Callable[[str], None] = print) -> Path:
+def build(paths: Sequence[Path], output: Path, say: Callable[[str], None] = print, claims: Path | None = None) -> Path:
     """Read the runs below `paths` and write the report to `output`; returns the path of the page.
 
     Raises:
+        BadClaims: the folder `claims` does not hold published claims.
         NothingToReport: no run was found.
         ReportNotWritten: the output cannot be written.
     """
+    published = read(claims) if claims else ()
     records = load(paths)
     say(f"read {_several(len(records.runs), 'run')} below {', '.join(str(path) for path in paths)}")
     for broken in records.unreadable:
         say(f"left out {broken.name}: {'; '.join(broken.problems)}")
     written = Output(output)
-    written.add("index.html", render(records, written))
+    written.add("index.html", render(records, written, published))
     written.write()
     figures = sum(name.startswith("figures/") for name in written.files)
     say(f"wrote {figures} figures to {output / 'figures'}")

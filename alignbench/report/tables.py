@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignbench.report.data import AXES, Axis, Comparison, Evaluation, Study, TrainingRun, show
+from alignbench.report.data import BASE, Axis, Comparison, Evaluation, Study, TrainingRun, show
 from alignbench.report.statistics import (
     Interval,
     mean_over_budget,
     paired_difference,
+    restricted_mean,
     t_interval,
-    time_to_target,
     welch_difference,
 )
+from alignbench.report.targets import Reaching, reaching, stated
 
 CLAIM_RUNS = 5  # fewer runs per cell are a preview, not a claim
 SEEN_TAGS = ("single_object", "counting")  # no unseen combinations exist: test prompts are among the training prompts
@@ -52,6 +53,7 @@ TITLES = {
 }
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def title_of(metric: str) -> str:
@@ -130,6 +132,41 @@ def markdown(table: Table) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+        "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$", TIMES: r"$\times$", MINUS: "$-$", DASH: "--",
+        "\r": " ", "\n": " ",
+    }
+)  # fmt: skip
+
+
+def latex(table: Table) -> str:
+    """The table as a LaTeX `tabular` of plain rules (no package needed), its title and notes as comments."""
+
+    def cell(value: Cell) -> str:
+        text = f"{value.text} {value.detail}".strip().translate(LATEX)
+        return f"\\textbf{{{text}}}" if value.bold and text else text
+
+    def comment(text: str) -> str:
+        return "% " + " ".join(text.split())
+
+    headings = [f"{column.title} ({column.note})" if column.note else column.title for column in table.columns]
+    lines = [
+        comment(table.title),
+        f"\\begin{{tabular}}{{{''.join('lr'[c.numeric] for c in table.columns)}}}",
+        "\\hline",
+    ]
+    lines += [" & ".join(heading.translate(LATEX) for heading in headings) + r" \\", r"\hline"]
+    for group in table.groups:
+        if group.title:
+            lines.append(f"\\multicolumn{{{len(headings)}}}{{l}}{{\\emph{{{group.title.translate(LATEX)}}}}} \\\\")
+        lines += [" & ".join(cell(value) for value in row.cells) + r" \\" for row in group.rows]
+    lines += ["\\hline", "\\end{tabular}", *(comment(note) for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
 def csv(records: Iterable[Mapping[str, Any]]) -> str:
     """Tidy numbers as CSV at full precision; empty where there is no value."""
     return pd.DataFrame(list(records)).to_csv(index=False, lineterminator="\n")
@@ -191,7 +228,8 @@ def slug(*parts: str) -> str:
     return "_".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in parts if part)
 
 
-def _mixed_note(protocols: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:
+def mixed_note(protocols: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:
+    """A warning where runs of one study were scored under several protocols."""
     if len(keys) < 2:
         return ()
     listed = ", ".join(protocol_title(protocols, key) for key in keys)
@@ -246,7 +284,8 @@ def entries(comparison: Comparison, key: str) -> list[Entry]:
     return found
 
 
-def _base_cell(entry: Entry, metric: str) -> Cell:
+def base_cell(entry: Entry, metric: str) -> Cell:
+    """The base model's score with its standard error over prompts."""
     values = entry.values(metric)
     if not values:
         return Cell(DASH)
@@ -318,7 +357,7 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
                 cells = [*_identity(entry, protocol)]
                 for metric in HEADLINE:
                     if not entry.label:
-                        cells += [_base_cell(entry, metric), Cell("")]
+                        cells += [base_cell(entry, metric), Cell("")]
                         continue
                     difference = entry.difference(key, metric)
                     values = entry.values(metric)
@@ -331,18 +370,23 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
             rows += [
                 Row((Cell(label), *[Cell("")] * 8, Cell("0", "none finished", flag=True)), label)
                 for label in comparison.labels
-                if label not in {entry.label for entry in found}
+                if label not in {entry.label for entry in found} and not all(map(_only_base, comparison.of(label)))
             ]
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         columns = [*IDENTITY]
         for metric in HEADLINE:
             columns += [Column(title_of(metric)), Column(f"{MINUS} base", "same guidance")]
-        notes = _mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts])
         notes += (*sorted(disagreement), *_budget_note(part))
         title = f"{study.experiment}, {study.model}: final scores under protocol {protocol_title(protocols, key)}"
         name = slug("headline", study.experiment, study.model, key)
         tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
+
+
+def _only_base(run: TrainingRun) -> bool:
+    """Whether a run is nothing but a finished evaluation of the base model."""
+    return run.run.get("kind") == "evaluated" and run.finished and all(row.weights == BASE for row in run.evaluations)
 
 
 def _budget_note(study: Study) -> tuple[str, ...]:
@@ -369,7 +413,7 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
                 for metric in metrics:
                     values = entry.values(metric)
                     if not entry.label or not values:
-                        cells.append(_base_cell(entry, metric))
+                        cells.append(base_cell(entry, metric))
                     else:
                         cells.append(interval_cell(t_interval(values)))
                 tidy += [_tidy(entry, where, key, metric, protocol) for metric in metrics if entry.values(metric)]
@@ -379,18 +423,15 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         seen = {f"geneval/{tag}" for tag in SEEN_TAGS}
         columns = [Column(title_of(metric), "seen" if metric in seen else "") for metric in metrics]
-        notes = _mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts])
         title = f"{study.experiment}, {study.model}: GenEval by tag under protocol {protocol_title(protocols, key)}"
         name = slug("geneval", study.experiment, study.model, key)
         tables.append(Table(name, title, (*IDENTITY, *columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
 
 
-def _axis(key: str) -> Axis:
-    return next(axis for axis in AXES if axis.key == key)
-
-
-def _cost_text(axis: Axis, value: float) -> str:
+def cost_text(axis: Axis, value: float) -> str:
+    """A cost with its unit: "12.7 TFLOP"; a plain count on the other axes."""
     if axis.key == "flops":
         text = flops(value)
         return f"{text}{axis.unit}" if text[-1].isalpha() else f"{text} {axis.unit}"
@@ -403,7 +444,7 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
     parts = by_protocol(study, lambda run: run.curve_hash)
     for key, part in parts:
         groups, tidy = [], []
-        targets = sorted({target for run in part.runs for target in _targets(run).items()})
+        targets = sorted({target for run in part.runs for target in stated(run).items()})
         for comparison in part.comparisons:
             rows = []
             for label in comparison.labels:
@@ -428,16 +469,10 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
             goal = f"{title_of(metric)} ≥ {target:g}"
             columns += [Column(goal, "reached"), Column(goal, "mean cost, misses at budget")]
         title = f"{study.experiment}, {study.model}: over training, under protocol {protocol_title(protocols, key)}"
-        notes = _mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts])
         name = slug("efficiency", study.experiment, study.model, key)
         tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
-
-
-def _targets(run: TrainingRun) -> dict[str, float]:
-    targets = run.run.get("targets")
-    items = targets.items() if isinstance(targets, Mapping) else ()
-    return {str(metric): float(value) for metric, value in items if isinstance(value, int | float)}
 
 
 def _area(runs: Sequence[TrainingRun], metric: str) -> tuple[Cell, dict[str, Any]]:
@@ -456,23 +491,24 @@ def _area(runs: Sequence[TrainingRun], metric: str) -> tuple[Cell, dict[str, Any
 
 def _reaching(runs: Sequence[TrainingRun], metric: str, target: float) -> tuple[Cell, Cell, dict[str, Any]]:
     """k/n runs that reached the target, and the mean of min(cost, budget): the restricted mean time to target."""
-    times, axes = [], set()
-    for run in runs:
-        key, budget = run.budget()
-        x, y = run.curve(metric, key)
-        if len(x) > 1:
-            times.append(time_to_target(x, y, target, budget))
-            axes.add(key)
-    if not times or len(axes) > 1:
+    found = reaching(runs, metric, target)
+    if found is None:
         return Cell(DASH), Cell(DASH), {}
-    axis = _axis(axes.pop())
-    hits = sum(time.reached for time in times)
-    cost = t_interval([time.time for time in times])
-    detail = "" if math.isnan(cost.half_width) else f"± {_cost_text(axis, cost.half_width)}"
-    text = Cell(_cost_text(axis, cost.mean), detail) if hits else Cell("not reached")
+    cost = restricted_mean(found.times)
     goal = f"{metric}_{target:g}"
-    numbers = {"reached": hits, "axis": axis.key, "mean": cost.mean, "low": cost.low, "high": cost.high}
-    return Cell(f"{hits}/{len(times)}"), text, {f"{goal}_{name}": value for name, value in numbers.items()}
+    numbers = {"reached": found.hits, "axis": found.axis.key, "mean": cost.mean, "low": cost.low, "high": cost.high}
+    reached = Cell(f"{found.hits}/{len(found.times)}")
+    return reached, time_cell(found), {f"{goal}_{name}": value for name, value in numbers.items()}
+
+
+def time_cell(found: Reaching) -> Cell:
+    """The restricted mean time with its unit, a lower bound where a run missed."""
+    if not found.hits:
+        return Cell("not reached")
+    cost = restricted_mean(found.times)
+    detail = "" if math.isnan(cost.half_width) else f"± {cost_text(found.axis, cost.half_width)}"
+    bound = "" if found.hits == len(found.times) else "≥ "
+    return Cell(f"{bound}{cost_text(found.axis, cost.mean)}", detail)
 
 
 COSTS = (

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignbench.errors import ConfigError, RewardError
@@ -87,6 +89,21 @@ class WeightedSum(Reward):
             total = total + weight * part["reward"]
             scores |= {f"{name}/{key}": value for key, value in part.items()}
         return {"reward": total} | scores
+
+
+def as_shown(images: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
+    """Images as a user would see them, for rewards without gradient.
+
+    Args:
+        images: float ``[batch, 3, height, width]`` in [0, 1].
+
+    Returns:
+        uint8 RGB ``[batch, height, width, 3]``, and bool ``[batch]`` on the images' device: whether all pixels of an
+        image were finite.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)
+    pixels = (images.detach().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), finite
 
 
 def check_finite(scores: Mapping[str, Tensor], prompts: Sequence[Prompt], images: Sequence[object]) -> None:

@@ -97,6 +97,15 @@ class Trajectory:
         )
 
 
+def start(noise: Tensor, grid: Tensor) -> Tensor:
+    """Where a walk begins: noise with the standard deviation that unit-variance data have at ``s = grid[0]``.
+
+    ``sqrt(s^2 + (1 - s)^2)``: 1 for flows, which begin at s = 1. Diffusion models begin before it, with DDPM's
+    latents standard normal all the same.
+    """
+    return noise * torch.hypot(grid[0], 1 - grid[0])
+
+
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
     latents: Tensor,
@@ -110,7 +119,7 @@ def sample(
     Args:
         predict: ``(latents [B, ...], sigma [B]) -> velocity [B, ...]``.
         latents: standard normal noise ``[B, ...]``.
-        grid: ``[T + 1]``, decreasing from 1 to 0.
+        grid: ``[T + 1]``, decreasing from 1 (a diffusion model's last training time) to 0.
         sampler: which steps to take.
         draw: step -> standard normal noise ``[B, ...]`` of a stochastic step.
         until: stop before this step, at noise level ``grid[until]``; None walks to the end.
@@ -119,6 +128,7 @@ def sample(
         Clean latents ``[B, ...]`` and the stochastic steps (None for an ODE).
     """
     solver = SOLVERS[sampler.solver]
+    latents = start(latents, grid)
     state: State = None
     walked: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(sampler.steps if until is None else until):
@@ -161,6 +171,7 @@ def branch(
         One row per branch, each with its one stochastic step: row ``(trunk (T - 1) + step) K + branch``.
     """
     assert sampler.stochastic is not None
+    latents = start(latents, grid)
     born: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(sampler.steps - 1):
         velocity = predict(latents, grid[i].expand(len(latents)))

@@ -82,6 +82,12 @@ def frozen(of: Loop) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_index_of_methods_has_it(method: str) -> None:
+    index = (CONF.parent / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    assert f"\n| `{method}` | " in index
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_an_iteration_changes_the_trained_weights_and_no_others(tiny_run: Compose, method: str) -> None:
     run = loop(configured(tiny_run, method))
     before, others = trained(run), frozen(run)

@@ -321,11 +321,11 @@ def test_every_pair_is_used_before_one_is_used_again(tiny_run: Compose) -> None:
 def test_winner_and_loser_share_time_and_noise_and_draws_differ(
     tiny_run: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for noise-predicting models: ``x_t = sqrt(abar) x_0 + sqrt(1 - abar) e`` with target ``e``."""
+    """Also for models that predict noise: DDPM's ``sqrt(abar) x_0 + sqrt(1 - abar) e``, up to scale, target ``e``."""
     config = configured(tiny_run, "model.policy.dtype=float64", "method.algorithm.base=dpo", "method.algorithm.beta=7")
     parts = assembly.assemble(config)
     abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
-    parts.policy.path = DiffusionPath(abar)  # type: ignore[assignment]
+    parts.policy.path = DiffusionPath(abar)
     experience = parts.method.collect(_sampled(parts), draw(parts.prompts, 2, 0, 0, "none"), Clock())
     calls: list[tuple[Tensor, Tensor, str]] = []
 
@@ -338,10 +338,14 @@ def test_winner_and_loser_share_time_and_noise_and_draws_differ(
     batch = update.batch(range(3))
     loss = parts.method.loss(parts.stack, update, batch)
 
-    noise, steps = batch.terms["noise"], (batch.terms["t"] * 1000).round().long()
+    noise, t = batch.terms["noise"], batch.terms["t"].double()
+    ratio = (t / (1 - t)) ** 2  # (1 - abar) / abar
+    scale = (1 / (1 + ratio)).view(-1, 1, 1, 1)
+    distance, steps = (abar - scale.flatten().unsqueeze(1)).abs().min(1)
+    assert distance.max() < 1e-6  # times are those of training steps
     assert len(set(steps.tolist())) == 3
-    scale = abar[steps].view(-1, 1, 1, 1)
-    x_t = [scale.sqrt() * batch.terms[name] + (1 - scale).sqrt() * noise for name in ("winner", "loser")]
+    units = scale.sqrt() + (1 - scale).sqrt()
+    x_t = [(scale.sqrt() * batch.terms[name] + (1 - scale).sqrt() * noise) / units for name in ("winner", "loser")]
     for latents, t, _ in calls:
         torch.testing.assert_close(latents, torch.cat(x_t))
         torch.testing.assert_close(t, batch.terms["t"].repeat(2))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignbench.errors import ConfigError
+from alignbench.errors import ConfigError, DataError
 from alignbench.prompts import sets
 from alignbench.prompts.prompt import Prompt
 
@@ -38,7 +38,7 @@ def test_drawing_is_distinct_repeatable_and_balanced_over_tags() -> None:
 
 
 def test_unknown_source() -> None:
-    with pytest.raises(ConfigError, match="choose shapes or file"):
+    with pytest.raises(ConfigError, match="choose shapes, geneval, file or dataset"):
         sets.load("web")
 
 
@@ -47,3 +47,142 @@ def test_train_and_test_captions_share_no_held_out_combination() -> None:
     unseen = {prompt.text for prompt in test if not prompt.metadata["seen"]}
     assert unseen
     assert not unseen & {prompt.text for prompt in train}
+
+
+def test_genevals_test_prompts_are_the_benchmarks_and_nobody_trains_on_what_they_say() -> None:
+    train, tuning, test = (sets.load("geneval", split) for split in ("train", "tuning", "test"))
+    assert len(test) == 553
+    assert Counter(prompt.metadata["tag"] for prompt in test) == {
+        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
+    }  # fmt: skip
+    assert test[0].id == "geneval/test/00000"
+
+    def content(prompt: Prompt) -> frozenset[str]:  # independent of word order within a list of things
+        words = prompt.text.removeprefix("a photo of ")
+        for relation, turned in (("right of", "left of"), ("below", "above")):
+            if f" {relation} " in words:
+                a, b = words.split(f" {relation} ")
+                words = f"{b} {turned} {a}"
+        return frozenset(words.split(" and "))
+
+    sides = [{content(prompt) for prompt in split} for split in (train, tuning, test)]
+    assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
+    texts = [prompt.text for prompt in train]
+    assert len(texts) == len(set(texts)) > 12_000
+    assert 0.03 < len(tuning) / len(train) < 0.08
+    by_tag = Counter(prompt.metadata["tag"] for prompt in train)
+    assert set(by_tag) == {"two_object", "counting", "colors", "position", "color_attr"}
+    assert by_tag["counting"] > 100  # of 240
+    assert len(sets.load("geneval", "all")) == len(train) + len(tuning) + len(test)
+
+
+def test_genevals_prompts_are_those_of_photographic_models() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from alignbench import assembly
+    from tests.conftest import CONF
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for overrides in (["model=sd35_medium"], ["prompts=geneval"]):
+            assert len(assembly.evaluated_prompts(compose("config", overrides))) == 553
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A data set on disk with two splits; one of the test captions is a training caption too."""
+    import datasets
+
+    train = {"caption": ["a cat", "a dog", "a cat", "", None, " a fish ", "x" * 3000], "kind": ["pet"] * 7}
+    test = {"caption": ["a bird", "a dog"], "kind": ["wild", "pet"]}
+    both = datasets.DatasetDict({name: datasets.Dataset.from_dict(d) for name, d in (("fit", train), ("eval", test))})
+    both.save_to_disk(tmp_path / "captions")
+    return tmp_path / "captions"
+
+
+COLUMNS = {
+    "column": "caption", "tag": None, "splits": {"train": "fit", "test": "eval"}, "files": None, "revision": None
+}  # fmt: skip
+
+
+def test_data_sets_give_distinct_prompts_and_disjoint_splits(saved: Path) -> None:
+    train = sets.load("dataset", "train", str(saved), COLUMNS)
+    assert train == [Prompt("captions/train/0000000", "a cat"), Prompt("captions/train/0000005", "a fish")]
+    test = sets.load("dataset", "test", str(saved), COLUMNS | {"tag": "kind"})
+    assert test == [
+        Prompt("captions/test/0000000", "a bird", {"tag": "wild"}),
+        Prompt("captions/test/0000001", "a dog", {"tag": "pet"}),
+    ]
+    assert [prompt.text for prompt in sets.load("dataset", "all", str(saved), COLUMNS)] == [
+        "a bird", "a dog", "a cat", "a fish"
+    ]  # fmt: skip
+
+
+def test_data_files_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps([{"prompt": "a cat"}, {"prompt": "a dog"}]))
+    (folder / "test.json").write_text(json.dumps([{"prompt": "a bird"}]))
+    (folder / "other.json").write_text(json.dumps([{"no": 1}]))
+    columns = COLUMNS | {
+        "column": "prompt",
+        "splits": {"train": "train", "test": "test"},
+        "files": {"train": "train.json", "test": "test.json"},
+    }
+    assert [prompt.text for prompt in sets.load("dataset", "train", str(folder), columns)] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "split", "error", "message"),
+    [
+        ({"column": "text"}, "train", DataError, "has no column 'text'; it has caption, kind"),
+        ({"tag": "style"}, "test", DataError, "has no column 'style'"),
+        ({"splits": {"train": "learn"}}, "train", DataError, "with the split 'learn'"),
+        ({"splits": {"test": "eval"}}, "train", ConfigError, "has no prompts for train, only for test"),
+        ({"splits": {"validation": "eval"}}, "train", ConfigError, "give some of train, tuning and test"),
+        ({"colunm": "caption"}, "train", ConfigError, "prompts.dataset has no setting 'colunm'. Did you mean 'column'"),
+    ],
+)
+def test_data_sets_that_cannot_be_used(
+    saved: Path, columns: dict[str, object], split: sets.Split, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        sets.load("dataset", split, str(saved), COLUMNS | columns)
+    assert message in str(raised.value)
+
+
+def test_a_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: cannot be read as a data set with the split 'fit'"):
+        sets.load("dataset", "train", str(tmp_path / "nowhere"), COLUMNS | {"splits": {"train": "fit"}})
+
+
+@pytest.mark.parametrize("name", ["pickapic", "hpdv2", "parti_prompts", "drawbench"])
+def test_the_prompts_of_published_data_sets_are_read_from_a_folder_of_their_layout(name: str, tmp_path: Path) -> None:
+    """Their columns and splits, as their cards state them, in a folder made here; nothing is downloaded."""
+    import datasets
+    import yaml
+
+    from tests.conftest import CONF
+
+    layouts = {
+        "pickapic": (("train", "validation_unique", "test_unique"), {"caption": ["a", "b"], "label_0": [0.0, 1.0]}),
+        "hpdv2": (("train", "test"), {"prompt": ["a", "b"], "image_path": ["x.jpg", "y.jpg"]}),
+        "parti_prompts": (("train",), {"Prompt": ["a", "b"], "Category": ["Animals", "Arts"]}),
+        "drawbench": (("train",), {"Prompts": ["a", "b"], "Category": ["Colors", "Counting"]}),
+    }
+    splits, columns = layouts[name]
+    for number, split in enumerate(splits):
+        texts = {key: [f"{value} {number}" if value in ("a", "b") else value for value in values]
+                 for key, values in columns.items()}  # fmt: skip
+        (tmp_path / f"{split}.json").write_text(json.dumps(datasets.Dataset.from_dict(texts).to_list()))
+    group = yaml.safe_load((CONF / "prompts" / f"{name}.yaml").read_text())
+    if group["dataset"]["files"] is None:
+        both = {split: datasets.load_dataset("json", data_files=str(tmp_path / f"{split}.json"), split="train")
+                for split in splits}  # fmt: skip
+        datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    folder = tmp_path / "saved" if group["dataset"]["files"] is None else tmp_path
+    for ours in group["dataset"]["splits"]:
+        prompts = sets.load("dataset", ours, str(folder), group["dataset"])
+        assert len(prompts) == 2
+        assert bool(prompts[0].metadata) == (group["dataset"]["tag"] is not None)

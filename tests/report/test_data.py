@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignbench.report.curves import styles
 from alignbench.report.data import NothingToReport, flatten, load
 from tests.report.synthetic import BUDGET, FRACTIONS, HASHES, write_comparison, write_run
 
@@ -130,3 +131,21 @@ def test_nothing_to_report_names_the_folder(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}
+
+
+def test_a_method_that_nobody_tuned_is_marked(tmp_path: Path) -> None:
+    for method, tuned in (("diffusion_nft", {}), ("flow_grpo", {"tuned": False}), ("awm", {"tuned": True})):
+        write_run(tmp_path, method, grids=False, config={"method": {"name": method} | tuned})
+    (study,) = load([tmp_path]).studies
+    assert study.comparisons[0].labels == ["awm", "diffusion_nft", "flow_grpo (untuned)"]
+    looks = styles(study.comparisons[0].labels)
+    assert looks["flow_grpo (untuned)"] == styles(["flow_grpo"])["flow_grpo"]  # the mark changes no colour
+
+
+def test_training_metrics_are_means_over_the_last_tenth(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, grids=False)
+    rows = [{"iteration": i, "error": float(i), "name": "text"} for i in range(1, 31)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = load([tmp_path]).runs
+    assert run.late["error"] == 29.0  # 28, 29, 30
+    assert "name" not in run.late

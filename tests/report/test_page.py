@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from alignbench.report.__main__ import main
 from alignbench.report.data import AXES
@@ -54,7 +55,9 @@ def test_every_figure_and_table_is_a_file(report: Path) -> None:
                 assert (report / f"figures/curve_first_shapes_geneval_{metric}_{axis.key}.{kind}").stat().st_size > 1000
     tables = {path.name.split("_")[0].split(".")[0] for path in (report / "tables").iterdir()}
     assert {"headline", "geneval", "efficiency", "cost", "runs", "protocols", "differences", "settings"} <= tables
-    assert {"environment", "evaluations", "curves"} <= tables
+    assert {"environment", "evaluations", "curves", "hacking", "verdict", "pairs", "matched", "within"} <= tables
+    kinds = {kind: {path.stem for path in (report / "tables").glob(f"*.{kind}")} for kind in ("csv", "md", "tex")}
+    assert kinds["md"] == kinds["tex"] == kinds["csv"] - {"evaluations", "curves", "hacking"}
     assert sorted((report / "files.txt").read_text().split()) == sorted(
         path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file() and path.name != "files.txt"
     )
@@ -85,8 +88,12 @@ def test_every_figure_has_a_text_alternative(report: Path) -> None:
     assert images
     assert all(attributes["alt"] for attributes in images)
     figures = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
-    assert len(figures) == 3 * len(AXES)
-    assert all("Line chart" in str(attributes["aria-label"]) for attributes in figures)
+    charts = [str(attributes["aria-label"]) for attributes in figures if "data-axis" in attributes]
+    assert len(charts) == 3 * len(AXES)
+    assert all("Line chart" in text for text in charts)
+    paths = [str(attributes["aria-label"]) for attributes in figures if "data-axis" not in attributes]
+    assert len(paths) == 5  # exact scene, PickScore, second judge, diversity, drift
+    assert all("trained reward from" in text for text in paths)
     assert all(attributes.get("aria-hidden") == "true" for attributes in page.all("svg"))
 
 
@@ -97,6 +104,66 @@ def test_one_axis_is_shown_and_the_switch_offers_all(report: Path) -> None:
     assert [choice["value"] for choice in choices if "checked" in choice] == ["flops"]
     shown = {str(a["data-axis"]) for _, a in page.elements if "data-axis" in a and "hidden" not in a}
     assert shown == {"flops"}
+
+
+def test_the_switch_of_the_axis_needs_no_script(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("style", "script"))
+    assert style
+    assert script
+    for axis in AXES:
+        assert f'#curves:has(input[value="{axis.key}"]:checked) [data-axis="{axis.key}"] {{ display: block' in style[1]
+    assert "axis" not in script[1]
+    page = Page(text)
+    kinds = {attributes["type"] for attributes in page.all("input") if attributes.get("name") == "axis"}
+    assert kinds == {"radio"}  # reached and moved by keys
+    assert not any(attributes.get("tabindex") == "-1" for _, attributes in page.elements)
+
+
+def test_the_gallery_has_a_slider_over_what_was_recorded(report: Path) -> None:
+    page = Page((report / "index.html").read_text())
+    sliders = [attributes for attributes in page.all("input") if attributes.get("type") == "range"]
+    assert len(sliders) == 1
+    used = [int(str(attributes["data-used"])) for attributes in page.all("figure") if "data-used" in attributes]
+    assert {0, 100} <= set(used) <= set(range(101))
+    beside = [attributes for attributes in page.all("figure") if attributes.get("class") != "plot"]
+    assert len(used) < len(beside)  # grids at another guidance stand beside training
+
+
+def test_sections_come_in_order_and_the_verdict_in_words(report: Path) -> None:
+    page = Page((report / "index.html").read_text())
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert sections == ["verdict", "curves", "geneval", "hacking", "samples", "cost", "provenance"]
+    assert "Trained on geneval: diffusion_nft" in (report / "index.html").read_text()
+
+
+def test_claims_are_a_section_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "results", status="running", until=0.0, grids=False)
+    (tmp_path / "claims").mkdir()
+    entry = {"claim": ATTACK, "published": "2 times", "where": ATTACK, "not_comparable": ATTACK}
+    content = {"paper": ATTACK, "source": "s", "claims": [entry]}
+    (tmp_path / "claims" / "one.yaml").write_text(yaml.safe_dump(content))
+    arguments = [str(tmp_path / "results"), "--output", str(tmp_path / "report"), "--claims", str(tmp_path / "claims")]
+    assert main(arguments) == 0
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert '<section id="claims"' in text
+    assert "not comparable" in text
+    assert ATTACK not in text
+    assert ATTACK not in (tmp_path / "report/tables/claims.md").read_text()
+
+
+def test_the_claims_of_the_working_folder_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "results", status="running", until=0.0, grids=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["results", "--output", "without"]) == 0
+    (tmp_path / "experiments" / "claims").mkdir(parents=True)
+    assert main(["results", "--output", "with"]) == 1  # an empty folder of claims is an error, not nothing
+    entry = {"claim": "c", "published": "p", "where": "w", "not_comparable": "n"}
+    content = {"paper": "p", "source": "s", "claims": [entry]}
+    (tmp_path / "experiments" / "claims" / "one.yaml").write_text(yaml.safe_dump(content))
+    assert main(["results", "--output", "with"]) == 0
+    assert not (tmp_path / "without/tables/claims.csv").exists()
+    assert (tmp_path / "with/tables/claims.csv").exists()
 
 
 def test_ids_are_unique_and_links_lead_somewhere(report: Path) -> None:

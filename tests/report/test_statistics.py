@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -7,14 +8,29 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from alignbench.report.statistics import (
+    Array,
     Interval,
+    PromptBootstrap,
+    Signs,
     TimeToTarget,
+    aggregate,
+    bootstrap,
+    clip_times,
+    improvement,
     interpolate,
+    last_at,
+    mean_of_tasks,
     mean_over_budget,
     paired_difference,
+    performance_profile,
     pointwise_interval,
+    probability_of_improvement,
+    restricted_mean,
+    sign_count,
+    speed_up,
     t_interval,
     time_to_target,
+    weighted_sum,
     welch_difference,
 )
 
@@ -90,6 +106,12 @@ def test_welch_without_an_interval() -> None:
     same = welch_difference([1.0, 1.0], [0.0, 0.0])
     assert (same.low, same.high) == (1.0, 1.0)
     assert not same.above(0)  # identical runs are no evidence
+    assert not welch_difference([0.4] * 3, [0.1] * 3).above(0)  # whose rounded means differ from them
+
+
+def test_identical_runs_have_no_width_whatever_their_rounding() -> None:
+    assert t_interval([0.4] * 3) == Interval(0.4, 0.4, 0.4, 3)
+    assert np.mean([0.4] * 3) != 0.4
 
 
 def test_above_and_below() -> None:
@@ -140,3 +162,211 @@ def test_time_to_target(scores: list[float], expected: TimeToTarget) -> None:
 def test_a_target_reached_after_the_budget_is_a_miss() -> None:
     x, y = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 0.0, 1.0, 1.0])
     assert time_to_target(x, y, 0.5, budget=1.5) == TimeToTarget(1.5, False)
+
+
+def reached(*times: float) -> list[TimeToTarget]:
+    return [TimeToTarget(time, True) for time in times]
+
+
+def missed(*times: float) -> list[TimeToTarget]:
+    return [TimeToTarget(time, False) for time in times]
+
+
+def test_weighted_sum_by_hand() -> None:
+    groups = [np.array([1.0, 2.0, 3.0]), np.array([4.0, 8.0])]  # variances of the means 1/3 and 4
+    interval = weighted_sum(groups, [0.5, 0.5])
+    total = (1 / 3 + 4) / 4
+    freedom = total**2 / ((1 / 12) ** 2 / 2 + 1**2 / 1)
+    assert interval.mean == 4.0
+    assert interval.half_width == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(total))
+    assert interval.n == 2
+
+
+def test_restricted_mean_counts_a_miss_with_the_budget() -> None:
+    assert restricted_mean([*reached(2.0, 4.0), *missed(9.0)]).mean == 5.0
+
+
+def test_a_shorter_horizon_censors_what_came_later() -> None:
+    assert clip_times([*reached(2.0, 8.0), *missed(10.0)], 5.0) == [*reached(2.0), *missed(5.0, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("faster", "slower", "ratio", "bound", "hits"),
+    [
+        (reached(1.0, 3.0), reached(6.0, 10.0), 4.0, "", (2, 2, 2, 2)),
+        (reached(1.0, 3.0), [*reached(6.0), *missed(10.0)], 4.0, "≥", (2, 2, 1, 2)),
+        ([*reached(2.0), *missed(6.0)], reached(8.0, 8.0), 2.0, "≤", (1, 2, 2, 2)),
+        (reached(2.0), reached(4.0), 2.0, "", (1, 1, 1, 1)),
+    ],
+)
+def test_speed_up_by_hand(
+    faster: list[TimeToTarget], slower: list[TimeToTarget], ratio: float, bound: str, hits: tuple[int, ...]
+) -> None:
+    found = speed_up([faster], [slower])
+    assert found.ratio.mean == pytest.approx(ratio)
+    assert (found.bound, found.reached) == (bound, hits)
+    assert math.isnan(found.ratio.low) is (len(faster) == 1)
+
+
+@pytest.mark.parametrize("faster", [missed(9.0, 9.0), [*reached(1.0), *missed(9.0)], reached(0.0, 0.0)])
+def test_no_speed_up_where_both_miss_or_a_time_is_zero(faster: list[TimeToTarget]) -> None:
+    found = speed_up([faster], [missed(9.0, 9.0)])
+    assert (found.bound, found.defined) == ("n/a", False)
+    assert math.isnan(found.ratio.mean)
+
+
+def test_speed_up_over_tasks_is_the_geometric_mean() -> None:
+    found = speed_up([reached(1.0, 1.0), reached(5.0, 5.0)], [reached(8.0, 8.0), reached(10.0, 10.0)])
+    assert found.ratio.mean == pytest.approx(4.0)  # sqrt(8 * 2)
+    many = speed_up([reached(*[1.0] * 12), reached(5.0, 5.0)], [reached(8.0, 8.0), reached(10.0, 10.0)])
+    assert (many.ratio.low, many.ratio.mean, many.ratio.high) == pytest.approx((4.0, 4.0, 4.0))  # bootstrap
+
+
+@pytest.mark.parametrize("runs", [3, 8])
+def test_coverage_of_the_speed_up(runs: int) -> None:
+    generator, trials, covered = np.random.default_rng(runs), 1_000, 0
+    for _ in range(trials):  # times of mean 2 and 6, coefficient of variation 0.2
+        fast, slow = (mean * generator.gamma(25, 1 / 25, runs) for mean in (2.0, 6.0))
+        ratio = speed_up([reached(*fast)], [reached(*slow)]).ratio
+        covered += ratio.low <= 3.0 <= ratio.high
+    assert 0.93 <= covered / trials <= 0.985
+
+
+def test_bootstrap_resamples_whole_runs_within_groups() -> None:
+    groups = [np.array([[1.0, 10.0], [2.0, 20.0]]), np.array([[5.0, 50.0], [5.0, 50.0]])]
+
+    def check(parts: Sequence[Array]) -> Array:
+        for part in parts:
+            np.testing.assert_array_equal(part[..., 1], 10 * part[..., 0])  # a run keeps all that belongs to it
+        assert set(np.unique(parts[0][..., 0])) <= {1.0, 2.0}
+        assert set(np.unique(parts[1][..., 0])) == {5.0}
+        return np.asarray(parts[0][..., 0].mean(axis=-1) + parts[1][..., 0].mean(axis=-1))
+
+    interval = bootstrap(groups, check)
+    assert interval == Interval(6.5, 6.0, 7.0, 2)  # means of two draws: 1, 1.5, 2, a quarter of them at each end
+    assert bootstrap(groups, check) == interval  # a generator of its own
+    assert math.isnan(bootstrap([np.array([1.0])], lambda parts: parts[0].mean(axis=-1)).low)
+
+
+def test_bootstrap_agrees_with_the_normal_limit() -> None:
+    values = np.random.default_rng(3).normal(size=400)
+    interval = bootstrap([values], mean_of_tasks)
+    assert interval.half_width == pytest.approx(1.96 * values.std() / 20, rel=0.04)
+
+
+def test_coverage_of_the_bootstrap_over_tasks() -> None:
+    generator, trials, covered = np.random.default_rng(0), 400, 0
+    for _ in range(trials):
+        tasks = [generator.normal(mean, 0.1, 20) for mean in (0.2, 0.6)]
+        interval = bootstrap(tasks, mean_of_tasks, resamples=500)
+        covered += interval.low <= 0.4 <= interval.high
+    assert 0.90 <= covered / trials <= 0.98
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_coverage_of_the_mean_over_tasks(runs: int) -> None:
+    generator, trials, covered = np.random.default_rng(runs), 2_000, 0
+    for _ in range(trials):
+        kind, interval = aggregate([generator.normal(mean, spread, runs) for mean, spread in ((0.2, 0.1), (0.6, 0.05))])
+        covered += interval.low <= 0.4 <= interval.high
+    assert kind == "mean"
+    assert 0.935 <= covered / trials <= 0.975
+
+
+def test_prompts_are_not_runs() -> None:
+    """Resampling the prompts of a run says nothing of the spread over seeds: it covers far less than it states."""
+    generator, trials, covered = np.random.default_rng(0), 200, 0
+    for _ in range(trials):
+        score = generator.normal(0.5, 0.05)  # a run's true score, seeds apart by 0.05
+        prompts = generator.normal(score, 0.2, 100)
+        interval = PromptBootstrap(["t"] * 100, [1] * 100, resamples=300).interval(prompts)
+        covered += interval.low <= 0.5 <= interval.high
+    assert covered / trials < 0.8
+
+
+def test_the_interquartile_mean_needs_four_tasks_of_five_runs() -> None:
+    five, task = np.arange(5.0), [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert aggregate([task] * 3)[0] == "mean"
+    assert aggregate([task] * 3 + [task[:4]])[0] == "mean"
+    kind, interval = aggregate([five, five, five, [0.0, 1.0, 2.0, 3.0, 400.0]])
+    assert kind == "interquartile mean"
+    # by hand: of 20 values the 5 lowest (0000 1) and 5 highest (400 444 3) go; 111 2222 333 remain
+    assert interval.mean == pytest.approx((3 * 1 + 4 * 2 + 3 * 3) / 10)
+
+
+def test_probability_of_improvement_by_hand() -> None:
+    assert improvement([3.0, 1.0], [2.0, 1.0]) == (1 + 1 + 0 + 0.5) / 4
+    a, b = [0.3, 0.5, 0.9, 0.2], [0.4, 0.1, 0.3]
+    assert improvement(a, b) == pytest.approx(stats.mannwhitneyu(a, b).statistic / 12)
+    both = probability_of_improvement([[3.0, 1.0], [0.0, 0.0]], [[2.0, 1.0], [1.0, 1.0]])
+    assert both.mean == (0.625 + 0) / 2
+    assert math.isnan(probability_of_improvement([[1.0]], [[0.0]]).low)
+
+
+def test_three_runs_that_all_win_are_no_certainty() -> None:
+    interval = probability_of_improvement([[1.0, 2.0, 3.0]], [[0.0, 0.1, 0.2]])
+    assert (interval.mean, interval.high) == (1.0, 1.0)
+    # the lower limit solves (1 - p)^2 = z^2 p (1 - p) (1 + 2 ((1 - p) / (2 - p) + p / (1 + p))) / 9
+    p = interval.low
+    spread = p * (1 - p) * (1 + 2 * ((1 - p) / (2 - p) + p / (1 + p))) / 9
+    assert (1 - p) ** 2 == pytest.approx(1.959964**2 * spread, rel=1e-5)
+    assert 0.4 < p < 0.6
+    mirrored = probability_of_improvement([[0.0, 0.1, 0.2]], [[1.0, 2.0, 3.0]])
+    assert (mirrored.low, mirrored.high) == pytest.approx((0.0, 1 - p))
+
+
+@pytest.mark.parametrize(("runs", "effects"), [(3, [0.8]), (5, [0.8]), (5, [0.8] * 3), (5, [0.0, 0.8, 2.0])])
+def test_coverage_of_the_probability_of_improvement(runs: int, effects: list[float]) -> None:
+    generator, trials, covered = np.random.default_rng(runs), 600, 0
+    truth = np.mean(stats.norm.cdf(np.array(effects) / math.sqrt(2)))
+    for _ in range(trials):
+        first = [generator.normal(effect, 1, runs) for effect in effects]
+        interval = probability_of_improvement(first, [generator.normal(0, 1, runs) for _ in effects])
+        covered += interval.low <= truth <= interval.high
+    assert 0.93 <= covered / trials <= 0.995
+
+
+def test_sign_count() -> None:
+    assert sign_count({0: 0.5, 1: 0.3, 2: 0.4, 9: 1.0}, {0: 0.4, 1: 0.3, 2: 0.9, 7: 0.0}) == Signs(1, 1, 3)
+
+
+def test_performance_profile_by_hand() -> None:
+    times = [[1.0, 4.0, math.inf, 3.0], [2.0, 2.0, math.inf, math.inf]]
+    found = performance_profile(times, [1.0, 2.0, 10.0])
+    np.testing.assert_allclose(found, [[0.5, 0.75, 0.75], [0.25, 0.5, 0.5]])
+
+
+def test_the_last_checkpoint_at_or_before() -> None:
+    fractions = [0.0, 0.1, 0.25, 0.5]
+    assert [last_at(fractions, limit) for limit in (0.24, 0.25, 0.9)] == [1, 2, 3]
+    assert last_at([0.3], 0.2) is None
+
+
+def test_the_prompt_bootstrap_keeps_tags_and_weighs_images() -> None:
+    tags, images = ["a", "b", "a"], [2, 1, 1]
+    constant_within_tags = PromptBootstrap(tags, images).interval([1.0, 1.0, 5.0, 1.0])
+    assert constant_within_tags == Interval(3.0, 3.0, 3.0, 3)  # tags are means of 1 and 5, drawn within themselves
+    # tag a: prompts of 2 and 1 images; drawn twice each: (0, 0), (0, 2), (2, 0), (2, 2) have means 0, 2/3, 2/3, 2
+    spread = PromptBootstrap(tags, images).interval([0.0, 0.0, 5.0, 2.0])
+    assert (spread.mean, spread.low, spread.high) == pytest.approx(((2 / 3 + 5) / 2, 2.5, 3.5))
+
+
+def test_differences_within_a_run_are_paired_by_prompt() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=60)
+    interval = PromptBootstrap(["a"] * 30, [2] * 30).interval(base + 0.25, base)
+    assert (interval.low, interval.high) == pytest.approx((0.25, 0.25))
+    with pytest.raises(ValueError, match="expected 60 values, one an image, got 59"):
+        PromptBootstrap(["a"] * 30, [2] * 30).interval(base[:59])
+
+
+def test_coverage_of_the_prompt_bootstrap() -> None:
+    generator, trials, covered = np.random.default_rng(1), 300, 0
+    tags = ["a"] * 30 + ["b"] * 30
+    for _ in range(trials):  # a prompt's own level and two images each
+        scores = np.repeat(generator.normal(0.4, 0.3, 60), 2) + generator.normal(0, 0.1, 120)
+        interval = PromptBootstrap(tags, [2] * 60, resamples=300, seed=int(generator.integers(1 << 30))).interval(
+            scores
+        )
+        covered += interval.low <= 0.4 <= interval.high
+    assert 0.91 <= covered / trials <= 0.98

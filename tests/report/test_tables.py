@@ -274,6 +274,24 @@ def test_markdown() -> None:
     )
 
 
+def test_latex() -> None:
+    cells = (Cell(r"a_b&c\d<%>"), Cell("\N{MINUS SIGN}0.5", "± 0.1", bold=True))
+    columns = (Column("Name", numeric=False), Column("≥ $x", "seen"))
+    table = Table("t", "A\ntitle", columns, (Group("g_h", (Row(cells),)),), ("50%",))
+    assert tables.latex(table).splitlines() == [
+        "% A title",
+        r"\begin{tabular}{lr}",
+        r"\hline",
+        r"Name & $\geq$ \$x (seen) \\",
+        r"\hline",
+        r"\multicolumn{2}{l}{\emph{g\_h}} \\",
+        r"a\_b\&c\textbackslash{}d\textless{}\%\textgreater{} & \textbf{$-$0.5 $\pm$ 0.1} \\",
+        r"\hline",
+        r"\end{tabular}",
+        "% 50%",
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.12345, "0.123"), (-0.5, "\N{MINUS SIGN}0.500"), (123.456, "123.5"), (math.nan, tables.DASH)],

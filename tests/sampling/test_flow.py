@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from alignbench.errors import ConfigError
-from alignbench.sampling.flow import DiffusionPath, FlowPath, mean_per_sample, pipeline_grid, shifted_linspace
+from alignbench.sampling.flow import (
+    DiffusionPath,
+    FlowPath,
+    dynamic_grid,
+    mean_per_sample,
+    pipeline_grid,
+    shifted_linspace,
+)
 
 PATH = FlowPath()
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # nothing here may depend on speed
@@ -34,9 +41,15 @@ def test_path_follows_the_equations(dtype: torch.dtype, tolerance: float) -> Non
     np.testing.assert_allclose(PATH.noise(x_t, v, t).numpy(), e, atol=tolerance)
 
 
-def test_epsilon_and_velocity_are_inverse_for_any_prediction() -> None:
-    x_t, v, t = latents(1)  # two unrelated tensors: a wrong prediction has to survive the round trip too
-    torch.testing.assert_close(PATH.velocity(x_t, PATH.noise(x_t, v, t), t), v, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("predicts", ["velocity", "epsilon"])
+def test_estimates_fit_together_for_any_prediction(predicts: str) -> None:
+    """Also for a wrong one: the line through both estimates is at ``x_t``, and its slope is the velocity."""
+    path = PATH if predicts == "velocity" else diffusion_path()
+    x_t, prediction, t = latents(1)  # two unrelated tensors
+    clean, noise = path.clean(x_t, prediction, t), path.noise(x_t, prediction, t)
+    torch.testing.assert_close(path.interpolate(clean, noise, t), x_t, rtol=0, atol=1e-13)
+    torch.testing.assert_close(path.velocity(x_t, prediction, t), noise - clean, rtol=0, atol=1e-12)
+    assert torch.equal(prediction, noise if predicts == "epsilon" else path.velocity(x_t, prediction, t))
 
 
 def test_target_is_the_time_derivative_of_the_path() -> None:
@@ -71,27 +84,49 @@ def diffusion_path() -> DiffusionPath:
     return DiffusionPath(scheduler.alphas_cumprod)
 
 
-def test_diffusion_path_equals_the_scheduler() -> None:
+def test_diffusion_path_in_the_network_s_units_equals_the_scheduler() -> None:
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     x0, noise, _ = latents(4, torch.float32)
     steps = torch.tensor([0, 437, 999])
     path = diffusion_path()
-    assert path.model_time(steps / 1000).tolist() == [0, 437, 999]
-    x_t = path.interpolate(x0, noise, steps / 1000)
-    torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, steps), rtol=0, atol=1e-6)
+    abar = scheduler.alphas_cumprod[steps].double()
+    t = (((1 - abar) / abar).sqrt() / (1 + ((1 - abar) / abar).sqrt())).float()  # sigma / (1 + sigma)
+    z = path.unit_variance(path.interpolate(x0, noise, t), t)
+    torch.testing.assert_close(z, scheduler.add_noise(x0, noise, steps), rtol=0, atol=1e-6)
     assert torch.equal(path.target(x0, noise), noise)
+    assert path.model_time(t).tolist() == [0, 437, 999]
 
 
-def test_diffusion_path_keeps_unit_variance() -> None:
-    """Of independent unit Gaussians ``x_0`` and ``e``, at every time: the squares of the two weights sum to 1."""
+def test_diffusion_steps_survive_float32_and_other_times_take_the_nearest() -> None:
     path = diffusion_path()
-    t = torch.arange(1000) / 1000
-    one, zero = torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1, dtype=torch.float64)
-    signal, noise = path.interpolate(one, zero, t), path.interpolate(zero, one, t)
-    torch.testing.assert_close(signal**2 + noise**2, one, rtol=0, atol=1e-12)
-    assert (signal.diff(dim=0) < 0).all()
+    steps = torch.arange(1000)
+    times = path.grid(steps.tolist())
+    assert times[-1] == 0
+    assert torch.equal(path.model_time(times[:-1].float()), steps)
+    assert path.model_time(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
+    assert path.model_time(0.6 * times[5] + 0.4 * times[6]) == 5
+    assert path.model_time(0.4 * times[5] + 0.6 * times[6]) == 6
+
+
+def test_euler_in_these_coordinates_is_ddim() -> None:
+    """From the noisiest training step to the image, with predictions that follow no model."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(4)
+    path = diffusion_path()
+    z, _, _ = latents(5)
+    grid = path.grid(scheduler.timesteps.tolist())
+    x = z * torch.hypot(grid[0], 1 - grid[0])
+    for i, step in enumerate(scheduler.timesteps):
+        prediction = torch.sin((i + 2) * z)
+        x = x + (grid[i + 1] - grid[i]) * path.velocity(x, prediction, grid[i])
+        z = scheduler.step(prediction, step, z).prev_sample
+        torch.testing.assert_close(path.unit_variance(x, grid[i + 1]), z, rtol=0, atol=1e-5)  # float32 schedule
 
 
 def test_diffusion_training_times_are_all_steps_alike() -> None:
@@ -117,13 +152,13 @@ def test_pipeline_grid_equals_the_scheduler(shift: float) -> None:
         assert torch.equal(PATH.model_time(grid[:-1]), scheduler.timesteps)
 
 
-def test_pipeline_grid_equals_the_scheduler_with_dynamic_shift() -> None:
+def test_dynamic_grid_equals_the_scheduler() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     for steps in range(2, 51):
-        scheduler.set_timesteps(steps, mu=0.65)
-        assert torch.equal(pipeline_grid(steps, shift=3.0, mu=0.65), scheduler.sigmas)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=0.65)
+        torch.testing.assert_close(dynamic_grid(steps, 0.65), scheduler.sigmas, rtol=0, atol=2e-7)
 
 
 def test_pipeline_grid_is_shifted_twice() -> None:

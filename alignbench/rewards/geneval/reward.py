@@ -14,7 +14,7 @@ from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.geneval.detectors.shapes import DetectedScene, ShapesGenevalDetector
 from alignbench.rewards.geneval.rules import Record, official, soft, strict
-from alignbench.rewards.reward import Reward
+from alignbench.rewards.reward import Reward, as_shown
 from alignbench.shapes.detector import exact_scene
 from alignbench.shapes.scenes import COLOURS, SHAPES
 
@@ -23,7 +23,7 @@ Mode = Literal["strict", "soft", "official"]
 SCORES = ("geneval", "geneval_strict", "geneval_soft", "exact_scene", "objects_per_image", "invalid_share")
 """The scores of a detection pass; ``geneval`` is the official decision, whatever rule is trained on."""
 
-_REWARDS: dict[Mode, tuple[str, str]] = {
+REWARDS: dict[Mode, tuple[str, str]] = {
     "strict": ("geneval", "geneval_strict"),
     "soft": ("geneval_soft", "geneval_soft"),
     "official": ("geneval_official", "geneval"),
@@ -61,9 +61,8 @@ class _SceneReward(Reward):
             DataError: a prompt has no such record.
         """
         records = [scene_record(prompt) for prompt in prompts]
-        finite = images.isfinite().flatten(1).all(dim=1)
-        pixels = (images.detach().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
-        scenes = self._detector.detect(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        pixels, finite = as_shown(images)
+        scenes = self._detector.detect(pixels)
         parts = [score_scene(record, scene) for record, scene in zip(records, scenes, strict=True)]
         scores = {
             name: torch.tensor([part[name] for part in parts], dtype=torch.float32, device=images.device).where(
@@ -78,9 +77,9 @@ class GenevalReward(_SceneReward):
     """GenEval by one of its three rules; ``strict`` is the one that methods are published with."""
 
     def __init__(self, mode: Mode = "strict") -> None:
-        if mode not in _REWARDS:
-            raise ConfigError(f"reward mode is {mode!r}: expected one of {', '.join(_REWARDS)}")
-        super().__init__(*_REWARDS[mode])
+        if mode not in REWARDS:
+            raise ConfigError(f"reward mode is {mode!r}: expected one of {', '.join(REWARDS)}")
+        super().__init__(*REWARDS[mode])
 
 
 class ExactSceneReward(_SceneReward):

@@ -14,11 +14,14 @@ Boxes are ``(x1, y1, x2, y2)`` in pixels, y pointing down.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from alignbench.errors import DataError
 
 Box = tuple[float, float, float, float]
 Record = Mapping[str, Any]
@@ -279,6 +282,37 @@ def make_row(filename: str, record: Record, found: Found, verdict: Verdict) -> R
         metadata=json.dumps(record),
         details=json.dumps(details),
     )
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a result file, one image a line."""
+    path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a result file of ours or of the official scorer.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not a result; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read GenEval results from {path}: {error}") from error
+    if not lines:
+        raise DataError(f"{path} is empty: expected one GenEval result (a JSON object) a line")
+    return [_parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_row(line: str, place: str) -> Row:
+    try:
+        held = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: expected a GenEval result as JSON, got {line[:80]!r} ({error})") from error
+    names = [each.name for each in fields(Row)]
+    if not isinstance(held, dict) or any(name not in held for name in names) or type(held["correct"]) is not bool:
+        raise DataError(f"{place}: expected an object with {', '.join(names)}, got {line[:80]!r}")
+    return Row(**{name: held[name] for name in names})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""What every policy over a diffusers pipeline shares: weights, guidance, the autoencoder, costs, export."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignbench.errors import ConfigError
+from alignbench.policies.policy import Condition, Policy
+from alignbench.policies.weights import Weights, add_lora
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class DiffusersPolicy(Policy):
+    """A diffusers pipeline whose denoiser is trained.
+
+    Weights that are trained are float32 whatever the compute dtype; frozen linear and convolution weights are stored in
+    the compute dtype, which is what autocast would make of them in every call.
+
+    Attributes:
+        pipeline_class: of diffusers.
+        denoiser_name: the pipeline's component that is trained.
+        text_encoders: its components that read text.
+    """
+
+    pipeline_class: ClassVar[Any]
+    denoiser_name: ClassVar[str]
+    text_encoders: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        device: torch.device,
+        trainable: Literal["lora", "full"],
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        gradient_checkpointing: bool,
+        vae_gradient_checkpointing: bool,
+        vae_slicing: bool,
+        vae_tiling: bool,
+        offload_text_encoders: bool,
+        compile: bool,
+    ) -> None:
+        """Takes over a loaded pipeline; each family's `from_pretrained` explains the arguments."""
+        super().__init__()
+        self.pipeline = pipeline
+        self.denoiser: Any = getattr(pipeline, self.denoiser_name)
+        self.vae: Any = pipeline.vae
+        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.latent_shape = latent_shape
+        self.trainable = trainable
+        self.offload_text_encoders = offload_text_encoders
+
+        modules = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+        if dtype == torch.float64:
+            _use_double_norms(self.denoiser)
+        if trainable == "lora":
+            add_lora(self.denoiser, targets, rank, alpha, seed)
+            _store_frozen(self.denoiser, dtype)
+        else:
+            self.denoiser.requires_grad_(True)
+        _store_frozen(self.vae, vae_dtype)
+        for name, module in modules.items():
+            if not (offload_text_encoders and name in self.text_encoders):
+                module.to(device)
+        self.lora_scale = alpha / rank
+        self.weights = Weights(self.denoiser, base_is_reference=trainable == "lora")
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing(self._checkpoint)
+        if vae_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        if vae_slicing:
+            self.vae.enable_slicing()
+        if vae_tiling:
+            self.vae.enable_tiling()
+        if compile:
+            self.denoiser.compile(dynamic=False)
+        self._unconditional: Condition | None = None
+        self._flops: dict[str, float] | None = None
+        self._encoders_ready = not offload_text_encoders
+
+    # Text
+
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """See `Policy.encode`."""
+        if all(text in self._embeddings for text in texts):
+            return super().encode(texts)
+        with self._encoders_on_device():  # once for all texts
+            return super().encode(texts)
+
+    @contextmanager
+    def _encoders_on_device(self) -> Iterator[None]:
+        """Text encoders are on the device inside, and in main memory outside if they are offloaded."""
+        if self._encoders_ready:
+            yield
+            return
+        encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
+        encoders = [encoder for encoder in encoders if encoder is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        self._encoders_ready = True
+        try:
+            yield
+        finally:
+            self._encoders_ready = False
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def unconditional(self) -> Condition:
+        """What guidance contrasts a text with, one row: the empty text."""
+        return self.encode([""])
+
+    # Images
+
+    def predict(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        *,
+        guidance: float = 1.0,
+        guidance_embedding: float | None = None,
+        detach_uncond: bool = False,
+        view: str = "current",
+    ) -> Tensor:
+        """See `Policy.predict`.
+
+        Guidance is one call of 2B, unconditional half first, as in the pipelines. Where gradients are recorded and
+        `detach_uncond` is set, it is a call of B without gradient and one of B with, which saves the backward pass of
+        the half whose gradient is thrown away.
+        """
+        if sigma.shape != latents.shape[:1] or len(condition) != len(latents):
+            raise ValueError(
+                f"expected one sigma and one condition for each of {len(latents)} latents, "
+                f"got sigma of shape {list(sigma.shape)} and {len(condition)} conditions"
+            )
+        self.check_guidance_embedding(guidance_embedding)
+        with self.weights.using(view):
+            if guidance == 1.0:
+                return self._output(latents, sigma, condition, guidance_embedding)
+            if self._unconditional is None:
+                self._unconditional = self.unconditional()
+            unconditional = self._unconditional.expand(len(latents))
+            if detach_uncond and torch.is_grad_enabled():
+                with torch.no_grad():
+                    uncond = self._output(latents, sigma, unconditional, guidance_embedding)
+                cond = self._output(latents, sigma, condition, guidance_embedding)
+            else:
+                both = Condition.cat([unconditional, condition])
+                twice = latents.repeat(2, 1, 1, 1), sigma.repeat(2), both
+                uncond, cond = self._output(*twice, guidance_embedding).chunk(2)
+            return uncond + guidance * (cond - uncond)
+
+    def check_guidance_embedding(self, guidance_embedding: float | None) -> None:
+        """Refuse a guidance input where the model has none.
+
+        Raises:
+            ConfigError: it was given.
+        """
+        if guidance_embedding is not None:
+            raise ConfigError(
+                f"this model has no guidance input, got guidance_embedding={guidance_embedding}; use guidance"
+            )
+
+    def _output(self, latents: Tensor, sigma: Tensor, condition: Condition, guidance_embedding: float | None) -> Tensor:
+        with self._autocast(self.dtype):
+            output = self.denoise(latents, sigma, condition, guidance_embedding)
+        return output.to(self.latent_dtype)
+
+    @abstractmethod
+    def denoise(self, latents: Tensor, sigma: Tensor, condition: Condition, guidance_embedding: float | None) -> Tensor:
+        """One pass of the denoiser with the weights that are installed, under autocast."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Policy.decode`."""
+        config = self.vae.config
+        unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        with self._autocast(self.vae_dtype):
+            images: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
+        return (images.to(self.latent_dtype) / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See `Policy.encode_images`."""
+        config = self.vae.config
+        with self._autocast(self.vae_dtype):
+            latents: Tensor = self.vae.encode(images.to(self.latent_dtype) * 2 - 1, return_dict=False)[0].mode()
+        shift: float = config.shift_factor or 0.0
+        scale: float = config.scaling_factor
+        return (latents.to(self.latent_dtype) - shift) * scale
+
+    def flops(self) -> Mapping[str, float]:
+        """See `Policy.flops`; counted once by running each model on one sample (a multiply-add is two)."""
+        if self._flops is None:
+            latents = torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.latent_dtype)
+            sigma, condition = latents.new_full((1,), 0.5), self.encode([""])
+            with torch.no_grad():
+                with FlopCounterMode(display=False) as denoiser:
+                    self.predict(latents, sigma, condition)
+                with FlopCounterMode(display=False) as decode:
+                    images = self.decode(latents)
+                with FlopCounterMode(display=False) as encode:
+                    self.encode_images(images)
+            counters = {"denoiser": denoiser, "decode": decode, "encode": encode}
+            self._flops = {name: float(counter.get_total_flops()) for name, counter in counters.items()}
+        return dict(self._flops)
+
+    # Weights
+
+    def export(self, folder: Path | str, view: str = "evaluation") -> None:
+        """Writes a view for diffusers.
+
+        LoRA: ``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights(folder)``. The scale alpha / rank is
+        multiplied into B, so that every reader gets the same images, also one that ignores a stored alpha.
+        Full: a folder of the denoiser, for the ``from_pretrained`` of its class.
+        """
+        if self.trainable == "full":
+            with self.weights.using(view):
+                self.denoiser.save_pretrained(folder)
+            return
+        layers = {
+            f"{name}.weight": (tensor * self.lora_scale if name.endswith("lora_B") else tensor).detach().float().cpu()
+            for name, tensor in self.weights.tensors(view).items()
+        }
+        self.pipeline_class.save_lora_weights(folder, **{f"{self.denoiser_name}_lora_layers": layers})
+
+    def _autocast(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def _checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
+        """Checkpoints a block so that its second run, in the backward pass, uses the weights of its first."""
+        view = self.weights.active
+        return checkpoint(
+            block,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,  # no dropout anywhere
+            context_fn=lambda: (nullcontext(), self.weights.using(view)),
+        )
+
+
+def check_trainable(trainable: str) -> None:
+    """Refuse what is neither LoRA nor full fine-tuning.
+
+    Raises:
+        ConfigError: another value.
+    """
+    if trainable not in ("lora", "full"):
+        raise ConfigError(f"trainable must be 'lora' or 'full', got {trainable!r}")
+
+
+def compute_dtypes(dtype: str, vae_dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
+    """The compute dtypes of denoiser and autoencoder; null is float32, or float64 for a float64 policy.
+
+    Raises:
+        ConfigError: an unknown name, or only one of both is float64.
+    """
+    compute = _parse_dtype(dtype)
+    vae_compute = _parse_dtype(vae_dtype or ("float64" if dtype == "float64" else "float32"))
+    if (compute == torch.float64) != (vae_compute == torch.float64):
+        raise ConfigError(f"dtype and vae_dtype must both be float64 or neither, got {dtype} and {vae_dtype}")
+    return compute, vae_compute
+
+
+def master_dtype(compute: torch.dtype) -> torch.dtype:
+    """What weights are loaded in: float64 for a float64 policy, otherwise float32."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def latent_side(resolution: int | None, default: int, pixels: int, multiple: int) -> int:
+    """Side of the latents.
+
+    Args:
+        resolution: side of the images in pixels; None takes the `default` side of the latents.
+        pixels: image pixels a latent.
+        multiple: latents that a side must be a multiple of.
+
+    Raises:
+        ConfigError: a side that the model cannot work on.
+    """
+    if resolution is None:
+        return default
+    if resolution < 1 or resolution % (pixels * multiple):
+        raise ConfigError(f"resolution must be a multiple of {pixels * multiple} pixels, got {resolution}")
+    return resolution // pixels
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _use_double_norms(module: nn.Module) -> None:
+    """Puts torch's RMS norm in place of diffusers', which computes the variance in float32 whatever the dtype."""
+    for parent in list(module.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, RMSNorm):
+                double = nn.RMSNorm(norm.dim, eps=norm.eps, elementwise_affine=norm.weight is not None)
+                double.weight = norm.weight
+                setattr(parent, name, double)
+
+
+def _store_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Stores frozen linear and convolution weights in `dtype`: autocast would cast them to it in every call."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)

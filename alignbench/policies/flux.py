@@ -1,0 +1,261 @@
+"""FLUX.1 as a policy: any diffusers checkpoint of `FluxPipeline`.
+
+The model: Black Forest Labs, FLUX.1; a rectified flow over packed latents (2 x 2 latents are one token), distilled so
+that guidance is an input. Packing stays inside: latents here are [B, C, h, w], as the autoencoder has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from alignbench.errors import ConfigError
+from alignbench.policies.diffusers_policy import (
+    DiffusersPolicy,
+    check_trainable,
+    compute_dtypes,
+    latent_side,
+    master_dtype,
+)
+from alignbench.policies.policy import Condition
+from alignbench.policies.saved_pipeline import (
+    Weights,
+    check_components,
+    check_flow_scheduler,
+    load_pipeline,
+    read_index,
+)
+from alignbench.sampling.flow import FlowPath, dynamic_grid, shifted_linspace
+
+LORA_TARGETS = (  # those of Flow-GRPO's official code for FLUX.1-dev
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+class FluxPolicy(DiffusersPolicy):
+    """A `FluxPipeline` whose transformer is trained.
+
+    Guidance is the model's input, `guidance_embedding`, in one pass; classifier-free guidance on top of it
+    (``guidance`` above 1, the pipeline's ``true_cfg_scale``) takes two.
+    """
+
+    pipeline_class = FluxPipeline
+    denoiser_name = "transformer"
+    text_encoders = ("text_encoder", "text_encoder_2")
+    path: FlowPath
+
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        *,
+        guidance_embedding: float | None,
+        max_sequence_length: int,
+        resolution: int | None,
+        **options: Any,
+    ) -> None:
+        """Takes over a loaded pipeline; `from_pretrained` explains the arguments."""
+        takes_guidance = pipeline.transformer.config.guidance_embeds
+        if takes_guidance != (guidance_embedding is not None):
+            raise ConfigError(
+                f"guidance_embedding is {guidance_embedding}, but this model "
+                + ("takes guidance as an input: give a number (3.5 is usual)" if takes_guidance else
+                   "has no guidance input: use null")
+            )  # fmt: skip
+        side = latent_side(resolution, pipeline.default_sample_size, pipeline.vae_scale_factor, multiple=2)
+        super().__init__(pipeline, latent_shape=(pipeline.transformer.config.in_channels // 4, side, side), **options)
+        self.guidance_embedding = guidance_embedding
+        self.max_sequence_length = max_sequence_length
+        scheduler = pipeline.scheduler.config
+        self.linspace_shift: float = scheduler.shift
+        self.mu = dynamic_shift(
+            (side // 2) ** 2,
+            (scheduler.base_image_seq_len, scheduler.max_image_seq_len),
+            (scheduler.base_shift, scheduler.max_shift),
+        )
+        self.path = FlowPath(scheduler.num_train_timesteps, math.exp(self.mu))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        weights: Weights = "pretrained",
+        dtype: str = "float32",
+        vae_dtype: str | None = None,
+        device: str | torch.device = "cpu",
+        trainable: Literal["lora", "full"] = "lora",
+        rank: int = 64,
+        alpha: float = 128.0,
+        targets: Sequence[str] = LORA_TARGETS,
+        seed: int = 0,
+        guidance_embedding: float | None = 3.5,
+        max_sequence_length: int = 512,
+        resolution: int | None = None,
+        gradient_checkpointing: bool = False,
+        vae_gradient_checkpointing: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        offload_text_encoders: bool = False,
+        compile: bool = False,
+    ) -> FluxPolicy:
+        """Loads a checkpoint and makes its transformer trainable.
+
+        Args:
+            source: folder of a saved pipeline, or a hub id ``owner/name``.
+            revision: commit, tag or branch on the hub.
+            weights: ``random`` needs the checkpoint's configurations and tokenizers alone, to measure what it costs.
+            dtype: compute dtype of the transformer: float32, bfloat16 (autocast) or float64 (everything in double but
+                the rotary embedding, which diffusers applies in float32). With bfloat16 the T5 encoder is bfloat16 as
+                well, the CLIP encoder stays float32, and with LoRA so are all frozen weights of the transformer.
+            vae_dtype: compute dtype of the autoencoder; default float32 (float64 for a float64 policy).
+            device: of models, latents and images.
+            trainable: ``lora`` (rank, alpha, targets, seed of the initial A) or ``full``.
+            guidance_embedding: the model's guidance input, in sampling and in training; null for a model without one.
+            max_sequence_length: T5 tokens.
+            resolution: side of the images in pixels; default the pipeline's own.
+            gradient_checkpointing: recompute transformer blocks in the backward pass.
+            vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
+            vae_slicing: decode images one at a time: less memory.
+            vae_tiling: decode large images in overlapping tiles: still less, with another result at the seams.
+            offload_text_encoders: keep the text encoders in main memory while they have nothing to read.
+            compile: compile the denoiser for each batch size it meets.
+
+        Raises:
+            CheckpointError: the folder is absent, incomplete, truncated or of another pipeline; nothing was loaded yet.
+            ConfigError: an argument that this checkpoint cannot work with.
+        """
+        check_trainable(trainable)
+        compute, vae_compute = compute_dtypes(dtype, vae_dtype)
+        master = master_dtype(compute)
+        frozen = compute if trainable == "lora" else master  # the weights are published in bfloat16
+        pipeline = load_pipeline(
+            FluxPipeline,
+            source,
+            revision,
+            weights,
+            check_checkpoint,
+            {"default": master, "transformer": frozen, "text_encoder_2": compute},
+        )
+        return cls(
+            pipeline,
+            dtype=compute,
+            vae_dtype=vae_compute,
+            device=torch.device(device),
+            trainable=trainable,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            seed=seed,
+            guidance_embedding=guidance_embedding,
+            max_sequence_length=max_sequence_length,
+            resolution=resolution,
+            gradient_checkpointing=gradient_checkpointing,
+            vae_gradient_checkpointing=vae_gradient_checkpointing,
+            vae_slicing=vae_slicing,
+            vae_tiling=vae_tiling,
+            offload_text_encoders=offload_text_encoders,
+            compile=compile,
+        )
+
+    @torch.no_grad()
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        """Embeddings of the pipeline's own `encode_prompt`.
+
+        ``prompt`` [1, tokens, channels] of T5 in the compute dtype and ``pooled`` [1, channels] of CLIP in
+        `latent_dtype`.
+        """
+        with self._encoders_on_device():
+            prompt, pooled, _ = self.pipeline.encode_prompt(
+                text, device=self.device, max_sequence_length=self.max_sequence_length
+            )
+        return {"prompt": prompt.to(self.dtype), "pooled": pooled.to(self.latent_dtype)}
+
+    def check_guidance_embedding(self, guidance_embedding: float | None) -> None:
+        """See `DiffusersPolicy.check_guidance_embedding`."""
+        if self.guidance_embedding is None:
+            super().check_guidance_embedding(guidance_embedding)
+
+    def denoise(self, latents: Tensor, sigma: Tensor, condition: Condition, guidance_embedding: float | None) -> Tensor:
+        """The velocity. `guidance_embedding` None takes the policy's own."""
+        prompt = condition.tensors["prompt"]
+        guidance = self.guidance_embedding if guidance_embedding is None else guidance_embedding
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        velocity = self.denoiser(
+            hidden_states=pack(latents),
+            timestep=sigma,  # the model multiplies by 1000
+            guidance=None if guidance is None else sigma.new_full(sigma.shape, guidance),
+            encoder_hidden_states=prompt,
+            pooled_projections=condition.tensors["pooled"],
+            txt_ids=latents.new_zeros(prompt.shape[1], 3),
+            img_ids=positions(height, width).to(latents),
+            return_dict=False,
+        )[0]
+        return unpack(velocity, height, width)
+
+    def grid(self, steps: int, name: str = "pipeline") -> Tensor:
+        """See `Policy.grid`: ``pipeline``, shifted by the image's size, or ``shifted_linspace``, by a constant."""
+        if name == "pipeline":
+            grid = dynamic_grid(steps, self.mu)
+        elif name == "shifted_linspace":
+            grid = shifted_linspace(steps, self.linspace_shift)
+        else:
+            raise ConfigError(f"grid must be 'pipeline' or 'shifted_linspace', got {name!r}")
+        return grid.to(self.device, self.latent_dtype)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Tokens ``[B, h w / 4, 4 C]`` of latents ``[B, C, h, w]``: each 2 x 2 square is one."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents ``[B, C, 2 height, 2 width]`` of tokens ``[B, height width, 4 C]``."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height, width), 2)
+
+
+def positions(height: int, width: int) -> Tensor:
+    """``(0, row, column)`` of each token; int64 [height width, 3]."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=2).flatten(0, 1)
+
+
+def dynamic_shift(tokens: int, lengths: tuple[int, int], shifts: tuple[float, float]) -> float:
+    """``mu``, linear in the number of image tokens through (shortest, smallest shift) and (longest, largest shift)."""
+    slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
+    return shifts[0] + slope * (tokens - lengths[0])
+
+
+def check_checkpoint(folder: Path, weights: Weights = "pretrained") -> dict[str, Any]:
+    """Checks a saved FLUX pipeline by its indexes and safetensors headers, without loading weights.
+
+    Returns:
+        What to load: the content of ``model_index.json``, library and class by component.
+
+    Raises:
+        CheckpointError: naming the file, what was expected and what is there.
+    """
+    index = read_index(folder, "FluxPipeline", "FLUX.1")
+    check_flow_scheduler(folder, dynamic_shift=True)
+    if weights == "pretrained":
+        models = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+        check_components(folder, index, ("transformer", "vae", *FluxPolicy.text_encoders), models)
+    return index

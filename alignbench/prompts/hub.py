@@ -1,0 +1,106 @@
+"""Prompts of data sets: on the hub, or on disk in a form that ``datasets`` reads."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignbench.errors import ConfigError, DataError
+from alignbench.prompts.prompt import Prompt
+from alignbench.prompts.sets import LONGEST_PROMPT
+
+ORDER = ("test", "tuning", "train")  # a text that several splits have stays in the first of these
+
+
+@dataclass(frozen=True)
+class PromptColumns:
+    """Where a data set has its prompts.
+
+    Attributes:
+        column: the texts.
+        tag: a column whose value becomes the prompt's tag (scores are reported by tag); None for none.
+        splits: train, tuning and test -> the data set's split of that purpose; a purpose that is absent has none.
+        files: the data set's split -> its file, for repositories that hold more than prompts; None reads them all.
+        revision: of a hub data set: commit, tag or branch.
+    """
+
+    column: str
+    tag: str | None
+    splits: Mapping[str, str]
+    files: Mapping[str, str] | None
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.splits if name not in ORDER]
+        if unknown or not self.splits:
+            raise ConfigError(f"prompts.dataset.splits has {unknown or 'nothing'}: give some of train, tuning and test")
+
+    def load(self, path: str, split: str) -> list[Prompt]:
+        """The distinct prompts of a split, in the data set's order, with ids such as ``"drawbench/test/0000012"``.
+
+        Empty and over-long texts are left out, and so are those that a split for evaluation has too.
+
+        Args:
+            path: hub id, or a folder that ``Dataset.save_to_disk`` wrote or that holds data files.
+            split: ``train``, ``tuning``, ``test`` or ``all``.
+
+        Raises:
+            ConfigError: the data set has no such split.
+            DataError: it cannot be read, lacks a column, or has no prompts left.
+        """
+        if split != "all" and split not in self.splits:
+            raise ConfigError(
+                f"{path} has no prompts for {split}, only for {', '.join(self.splits)}; choose other prompts, or name "
+                f"the split under prompts.dataset.splits.{split}"
+            )
+        wanted = [name for name in ORDER if name in self.splits]
+        if split != "all":
+            wanted = wanted[: wanted.index(split) + 1]
+        seen: set[str] = set()
+        prompts: dict[str, list[Prompt]] = {}
+        for name in wanted:
+            prompts[name] = []
+            for row, text, metadata in self._rows(path, name):
+                if text and len(text) <= LONGEST_PROMPT and text not in seen:
+                    seen.add(text)
+                    prompts[name].append(Prompt(f"{Path(path).name}/{name}/{row:07d}", text, metadata))
+        chosen = [prompt for name in (wanted if split == "all" else [split]) for prompt in prompts[name]]
+        if not chosen:
+            raise DataError(f"{path}: no prompts in the column {self.column!r} of its split for {split}")
+        return chosen
+
+    def _rows(self, path: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        data = self._open(path, self.splits[name])
+        columns = [self.column, *([self.tag] if self.tag else [])]
+        missing = [column for column in columns if column not in data.column_names]
+        if missing:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}; it has {', '.join(data.column_names)}. "
+                "Name its columns under prompts.dataset"
+            )
+        values = data.select_columns(columns)
+        texts, tags = values[self.column][:], values[self.tag][:] if self.tag else None
+        for row, text in enumerate(texts):
+            if text is not None and not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(f"{path}, row {row}: the column {self.column!r} holds a {kind}, expected text")
+            yield row, (text or "").strip(), {"tag": str(tags[row])} if tags else {}
+
+    def _open(self, path: str, split: str) -> Any:
+        import datasets  # takes a second, and only this needs it
+
+        datasets.disable_progress_bars()
+        folder = Path(path)
+        try:
+            if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+                saved = datasets.load_from_disk(path)
+                return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            files = {split: self.files[split]} if self.files else None
+            revision = None if folder.exists() else self.revision
+            return datasets.load_dataset(path, split=split, data_files=files, revision=revision)
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{path}: cannot be read as a data set with the split {split!r} ({reason}); give a folder with data "
+                "files, or a hub id that is in the local cache or can be downloaded"
+            ) from error

@@ -1,0 +1,188 @@
+"""Methods against each other over all tasks of a study: a task is a reward that the same methods were trained on."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignbench.report.data import Comparison, Study, TrainingRun
+from alignbench.report.statistics import (
+    CONFIDENCE,
+    Array,
+    aggregate,
+    mean_over_budget,
+    performance_profile,
+    probability_of_improvement,
+    restricted_mean,
+    sign_count,
+)
+from alignbench.report.tables import (
+    CLAIM_RUNS,
+    DASH,
+    Cell,
+    Column,
+    Group,
+    Row,
+    Table,
+    interval_cell,
+    number,
+    slug,
+)
+from alignbench.report.targets import Reaching, compare, reaching, stated
+from alignbench.report.verdict import goal, speed_cell
+
+FACTORS = (1.0, 1.5, 2.0, 4.0)  # of the best method's time, in the performance profile
+
+
+def final_scores(runs: Sequence[TrainingRun]) -> dict[int, float]:
+    """Seed -> trained reward of the final weights at the curves' guidance."""
+    finals = {run.seed: run.final(run.final_hash, run.curve_guidance) for run in runs}
+    return {seed: row.metrics["reward"] for seed, row in finals.items() if row and "reward" in row.metrics}
+
+
+def normalised(run: TrainingRun, score: float, base: float, metric: str) -> float:
+    """0 at the base model, 1 at the constant that the task states; NaN where it states none or the base is there."""
+    constants = run.run.get("normalisation")
+    top = constants.get(metric) if isinstance(constants, Mapping) else None
+    if not isinstance(top, int | float) or top == base:
+        return math.nan
+    return (score - base) / (top - base)
+
+
+def _normalised_finals(runs: Sequence[TrainingRun]) -> list[float]:
+    values = []
+    for run in runs:
+        final = run.final(run.final_hash, run.curve_guidance)
+        base = run.base(run.final_hash, run.curve_guidance)
+        metric = min(run.run.get("normalisation") or {}, default="")
+        if final and base and metric in final.metrics and metric in base.metrics:
+            values.append(normalised(run, final.metrics[metric], base.metrics[metric], metric))
+    return [value for value in values if math.isfinite(value)]
+
+
+def _normalised_areas(runs: Sequence[TrainingRun]) -> list[float]:
+    values = []
+    for run in runs:
+        axis, budget = run.budget()
+        metric = min(run.run.get("normalisation") or {}, default="")
+        x, y = run.curve(metric, axis)
+        if run.finished and len(x) > 1:
+            values.append(normalised(run, mean_over_budget(x, y, budget), float(y[0]), metric))
+    return [value for value in values if math.isfinite(value)]
+
+
+def _comparable(study: Study) -> list[Comparison]:
+    """Tasks whose finished runs share their protocols."""
+    tasks = []
+    for comparison in study.comparisons:
+        finished = [run for run in comparison.runs if run.finished]
+        if finished and len({(run.final_hash, run.curve_hash) for run in finished}) == 1:
+            tasks.append(comparison)
+    return tasks
+
+
+def _reaching(task: Comparison, label: str, target: tuple[str, float]) -> Reaching | None:
+    return reaching([run for run in task.of(label) if run.finished], *target)
+
+
+def _first(task: Comparison, label: str) -> Reaching | None:
+    target = goal(task)
+    return _reaching(task, label, target) if target else None
+
+
+def profiles(tasks: Sequence[Comparison], labels: Sequence[str]) -> Array:
+    """[methods, FACTORS] shares of (task, target); a method reaches one if more than half of its runs do."""
+    times = []
+    for task in tasks:
+        for target in sorted({pair for run in task.runs for pair in stated(run).items()}):
+            found = [_reaching(task, label, target) for label in labels]
+            if len({each.axis for each in found if each is not None}) == 1:
+                times.append([_time(each) for each in found])
+    return performance_profile(np.array(times).T, FACTORS) if times else np.full((len(labels), len(FACTORS)), np.nan)
+
+
+def _time(found: Reaching | None) -> float:
+    if found is None or 2 * found.hits <= len(found.times):
+        return math.inf
+    return restricted_mean(found.times).mean
+
+
+def methods(study: Study) -> Table:
+    """Every method over the tasks that all methods finished: normalised scores, area, performance profile."""
+    tasks = _comparable(study)
+    labels = sorted({run.label for run in study.runs})
+    shared = [task for task in tasks if all(final_scores(task.of(label)) for label in labels)]
+    profile = profiles(shared, labels)
+    rows, tidy = [], []
+    for label, shares in zip(labels, profile, strict=True):
+        cells = [Cell(label)]
+        record: dict[str, Any] = {"experiment": study.experiment, "model": study.model, "method": label}
+        for name, of_runs in (("final", _normalised_finals), ("area", _normalised_areas)):
+            values = [found for found in (of_runs(task.of(label)) for task in shared) if found]
+            if not values:
+                cells.append(Cell(DASH))
+                continue
+            kind, interval = aggregate(values)
+            shown = interval_cell(interval)
+            cells.append(Cell(shown.text, f"[{number(interval.low)}, {number(interval.high)}]" if shown.detail else ""))
+            record |= {f"{name}_{kind}": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        cells += [Cell(DASH if math.isnan(share) else f"{share:.0%}") for share in shares]
+        record |= {f"within_{factor:g}": share for factor, share in zip(FACTORS, shares, strict=True)}
+        rows.append(Row((*cells, Cell(str(len(shared)))), label))
+        tidy.append(record)
+    columns = (
+        Column("Method", numeric=False), Column("Normalised", "final"), Column("Normalised", "mean over budget"),
+        *(Column("Within", f"{factor:g} of the best time") for factor in FACTORS), Column("Tasks"),
+    )  # fmt: skip
+    title = f"{study.experiment}, {study.model}: over tasks"
+    named = ", ".join(task.reward for task in shared) or "none"
+    notes = (f"Tasks that every method finished under one protocol: {named}.",)
+    return Table(
+        slug("tasks", study.experiment, study.model), title, columns, (Group("", tuple(rows)),), notes, tuple(tidy)
+    )
+
+
+def pairs(study: Study) -> Table:
+    """Every pair of methods: probability of improvement, seeds won, speed-up, over the tasks both finished."""
+    rows, tidy = [], []
+    tasks, labels = _comparable(study), sorted({run.label for run in study.runs})
+    for first, second in itertools.combinations(labels, 2):
+        scores = [(final_scores(task.of(first)), final_scores(task.of(second))) for task in tasks]
+        both = [(task, a, b) for task, (a, b) in zip(tasks, scores, strict=True) if a and b]
+        if not both:
+            continue
+        firsts, seconds = [list(a.values()) for _, a, _ in both], [list(b.values()) for *_, b in both]
+        better = probability_of_improvement(firsts, seconds)
+        orders = math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(firsts, seconds, strict=True))
+        enough = 2 / orders <= 1 - CONFIDENCE  # else even runs that all win may be chance: two cells of three runs
+        signs = [sign_count(a, b) for _, a, b in both]
+        wins, compared = sum(sign.wins for sign in signs), sum(sign.pairs for sign in signs)
+        speed = compare([_first(task, first) for task, *_ in both], [_first(task, second) for task, *_ in both])
+        few = min(better.n, *(min(len(a), len(b)) for _, a, b in both))
+        cells = (
+            Cell(first), Cell(second),
+            Cell(f"{better.mean:.2f}", "" if math.isnan(better.low) else f"[{better.low:.2f}, {better.high:.2f}]",
+                 bold=enough and (better.above(0.5) or better.below(0.5))),
+            Cell(f"{wins}/{compared}" if compared else DASH),
+            speed_cell(speed), Cell(str(len(both))), Cell(str(few), "preview" if few < CLAIM_RUNS else ""),
+        )  # fmt: skip
+        rows.append(Row(cells, first))
+        record: dict[str, Any] = {"experiment": study.experiment, "model": study.model, "first": first}
+        record |= {"second": second, "improvement": better.mean, "low": better.low, "high": better.high}
+        record |= {"seeds_won": wins, "ties": sum(sign.ties for sign in signs), "seeds_shared": compared}
+        if speed is not None:
+            record |= {"speed_up": speed.ratio.mean, "speed_up_low": speed.ratio.low, "speed_up_bound": speed.bound}
+            record |= {"speed_up_high": speed.ratio.high}
+        tidy.append(record | {"tasks": len(both)})
+    columns = (
+        Column("First", numeric=False), Column("Second", numeric=False), Column("P(first better)"),
+        Column("Seeds won", "by the first"), Column("Speed-up", "first over second"), Column("Tasks"),
+        Column("Runs", "fewest a cell"),
+    )  # fmt: skip
+    title = f"{study.experiment}, {study.model}: methods against each other"
+    notes = () if rows else ("No two methods finished a run of one task.",)
+    return Table(
+        slug("pairs", study.experiment, study.model), title, columns, (Group("", tuple(rows)),), notes, tuple(tidy)
+    )

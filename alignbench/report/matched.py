@@ -1,0 +1,105 @@
+"""Scores at matched budgets: at a quarter, half and all of it, the last checkpoint at or before, never the best."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignbench.report.data import TRAINED, Comparison, Evaluation, Study, TrainingRun
+from alignbench.report.statistics import Interval, last_at, paired_difference, t_interval
+from alignbench.report.tables import (
+    DASH,
+    HEADLINE,
+    MINUS,
+    Cell,
+    Column,
+    Group,
+    Row,
+    Table,
+    by_protocol,
+    interval_cell,
+    mixed_note,
+    number,
+    protocol_title,
+    runs_cell,
+    slug,
+    title_of,
+)
+
+SHARES = (0.25, 0.5, 1.0)
+
+
+def checkpoint(run: TrainingRun, share: float) -> Evaluation | None:
+    """The last evaluation of trained weights at or before a share of the budget, at the curves' guidance.
+
+    The whole budget includes the iteration that used it up: it ends a little later.
+    """
+    rows = run.select(run.curve_hash, TRAINED, run.curve_guidance)
+    if not rows or not run.finished:
+        return None
+    place = len(rows) - 1 if share >= 1 else last_at([row.fraction for row in rows], share)
+    return None if place is None else rows[place]
+
+
+def matched(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """A table for every protocol of curves: base first, then each method at each share of the budget."""
+    tables = []
+    parts = by_protocol(study, lambda run: run.curve_hash)
+    for key, part in parts:
+        groups, tidy = [], []
+        for comparison in part.comparisons:
+            rows = [_base(comparison)]
+            for label in comparison.labels:
+                for share in SHARES:
+                    row, record = _row(comparison.of(label), label, share)
+                    rows.append(row)
+                    where = {"experiment": study.experiment, "model": study.model, "trained_on": comparison.reward}
+                    tidy.append(where | {"protocol_hash": key} | record)
+            groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
+        columns = [Column("Method", numeric=False), Column("Budget", "at or before"), Column("Used", "mean over runs")]
+        for metric in HEADLINE:
+            columns += [Column(title_of(metric)), Column(f"{MINUS} base", title_of(metric))]
+        title = (
+            f"{study.experiment}, {study.model}: at matched budgets, under protocol {protocol_title(protocols, key)}"
+        )
+        notes = mixed_note(protocols, [other for other, _ in parts])
+        name = slug("matched", study.experiment, study.model, key)
+        tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
+    return tables
+
+
+def _base(comparison: Comparison) -> Row:
+    bases = [run.base(run.curve_hash, run.curve_guidance) for run in comparison.runs]
+    cells = [Cell("base"), Cell("0%"), Cell("")]
+    for metric in HEADLINE:
+        values = [base.metrics[metric] for base in bases if base is not None and metric in base.metrics]
+        cells += [Cell(number(float(np.mean(values))) if values else DASH), Cell("")]
+    return Row((*cells, Cell("")), base=True)
+
+
+def _row(runs: Sequence[TrainingRun], label: str, share: float) -> tuple[Row, dict[str, Any]]:
+    found = [(run.base(run.curve_hash, run.curve_guidance), checkpoint(run, share)) for run in runs]
+    pairs = [(base, row) for base, row in found if base is not None and row is not None]
+    used = float(np.mean([row.fraction for _, row in pairs])) if pairs else math.nan
+    record: dict[str, Any] = {"method": label, "budget_share": share, "used": used, "n": len(pairs)}
+    cells = [Cell(label), Cell(f"{share:.0%}"), Cell(DASH if math.isnan(used) else f"{used:.0%}")]
+    for metric in HEADLINE:
+        both = [(row.metrics[metric], base.metrics[metric]) for base, row in pairs if _has(metric, base, row)]
+        if not both:
+            cells += [Cell(DASH), Cell(DASH)]
+            continue
+        trained, untrained = np.array(both).T
+        score, change = t_interval(trained), paired_difference(trained, untrained)
+        moved = change.above(0) or change.below(0)
+        cells += [interval_cell(score), interval_cell(change, signed=True, bold=moved)]
+        record |= _named(metric, score) | _named(f"{metric}_difference", change)
+    return Row((*cells, runs_cell(len(pairs))), label), record
+
+
+def _has(metric: str, *rows: Evaluation) -> bool:
+    return all(metric in row.metrics for row in rows)
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}

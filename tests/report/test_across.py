@@ -1,0 +1,73 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from alignbench.report import across
+from alignbench.report.data import load
+from tests.report.synthetic import write_comparison, write_run
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    write_comparison(root)
+    return root
+
+
+def test_pairs_by_hand(compared: Path) -> None:
+    table = across.pairs(load([compared]).studies[0])
+    (record,) = table.records
+    assert (record["first"], record["second"], record["tasks"]) == ("diffusion_nft", "flow_grpo", 2)
+    assert record["improvement"] == 1.0  # every run of the first above every run of the second, on both tasks
+    assert 0.5 < record["low"] < 1
+    assert (record["seeds_won"], record["seeds_shared"], record["ties"]) == (6, 6, 0)
+    assert record["speed_up_bound"] == "n/a"  # on exact_scene both miss in some runs
+    (row,) = table.groups[0].rows
+    assert row.cells[2].bold  # 2 of 400 orders of the runs are as extreme
+    assert [cell.text for cell in row.cells[3:]] == ["6/6", "n/a", "2", "3"]
+
+
+def test_three_runs_that_all_win_on_one_task_are_not_bold(tmp_path: Path) -> None:
+    for method in ("diffusion_nft", "flow_grpo"):
+        for seed in range(3):
+            write_run(tmp_path, method, seed=seed, grids=False)
+    (row,) = across.pairs(load([tmp_path]).studies[0]).groups[0].rows
+    assert row.cells[2].text == "1.00"
+    assert not row.cells[2].bold  # 2 of 20 orders
+
+
+def test_methods_over_tasks_by_hand(compared: Path) -> None:
+    table = across.methods(load([compared]).studies[0])
+    nft, grpo = table.records
+    # normalised by GenEval: (final - 0.3) / (1 - 0.3), gains 0.14 and 0.25
+    assert nft["final_mean"] == pytest.approx((0.14 + 0.25) / 2 / 0.7)
+    assert nft["area_mean"] == pytest.approx((0.14 + 0.25) / 4 / 0.7)  # straight lines
+    assert grpo["final_low"] < grpo["final_mean"] < grpo["final_high"]
+    # two targets: 0.45 on geneval is reached by the first method alone, on exact_scene by one run of three
+    assert [nft[f"within_{factor:g}"] for factor in across.FACTORS] == [0.5] * 4
+    assert [grpo[f"within_{factor:g}"] for factor in across.FACTORS] == [0.0] * 4
+
+
+def test_tasks_that_a_method_did_not_finish_are_left_out(tmp_path: Path) -> None:
+    write_comparison(tmp_path, seeds=2)
+    write_run(tmp_path, "awm", "geneval", 0, grids=False)
+    write_run(tmp_path, "awm", "exact_scene", 0, status="failed", until=0.5, grids=False)
+    table = across.methods(load([tmp_path]).studies[0])
+    assert table.notes == ("Tasks that every method finished under one protocol: geneval.",)
+
+
+def test_no_pair_without_finished_runs(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    write_run(tmp_path, "flow_grpo", status="failed", until=0.5, grids=False)
+    table = across.pairs(load([tmp_path]).studies[0])
+    assert table.groups[0].rows == ()
+    assert table.notes
+
+
+def test_normalisation_never_looks_at_other_methods(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False, run={"normalisation": {"geneval": 0.8}})
+    (run,) = load([tmp_path]).runs
+    assert across.normalised(run, 0.55, 0.3, "geneval") == pytest.approx(0.5)
+    assert math.isnan(across.normalised(run, 0.55, 0.3, "exact_scene"))
+    assert math.isnan(across.normalised(run, 0.9, 0.8, "geneval"))

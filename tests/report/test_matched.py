@@ -1,0 +1,45 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from alignbench.report import matched
+from alignbench.report.data import TRAINED, load
+from alignbench.report.tables import Cell
+from tests.report.synthetic import write_comparison, write_run
+
+HALF = 4.3026527297 * 0.01 / math.sqrt(3)
+
+
+def test_the_checkpoint_is_the_last_at_or_before_never_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    (run,) = load([tmp_path]).runs
+    found = {share: matched.checkpoint(run, share) for share in (0.01, 0.25, 0.5, 1.0)}
+    assert found[0.01] is None
+    assert [row.fraction for row in found.values() if row] == [0.2, 0.5, 1.0]  # evaluated at 0.2 and 0.3
+    assert {(row.protocol_hash, row.weights) for row in found.values() if row} == {(run.curve_hash, TRAINED)}
+
+
+def test_an_unfinished_run_has_no_matched_score(tmp_path: Path) -> None:
+    write_run(tmp_path, status="failed", until=0.6, grids=False)
+    (run,) = load([tmp_path]).runs
+    assert matched.checkpoint(run, 0.25) is None
+
+
+def test_the_table_follows_the_closed_form(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    records = load([tmp_path])
+    (table,) = matched.matched(records.studies[0], records.protocols)
+    rows = table.groups[1].rows
+    assert [cell.text for cell in rows[0].cells[:4]] == ["base", "0%", "", "0.280"]
+    assert [(row.label, row.cells[1].text) for row in rows[1:4]] == [
+        ("diffusion_nft", "25%"), ("diffusion_nft", "50%"), ("diffusion_nft", "100%"),
+    ]  # fmt: skip
+    quarter = rows[1].cells
+    assert quarter[2].text == "20%"
+    assert quarter[3] == Cell("0.330", f"± {0.2 * HALF:.3f}")  # 0.28 + 0.25 * 0.2
+    assert quarter[4] == Cell("+0.050", f"± {0.2 * HALF:.3f}", bold=True)
+    record = next(r for r in table.records if (r["method"], r["trained_on"]) == ("flow_grpo", "geneval"))
+    assert record["budget_share"] == 0.25
+    assert record["exact_scene_difference"] == pytest.approx(-0.004)
+    assert record["n"] == 3

@@ -1,0 +1,112 @@
+"""Visual text, with an engine that reads what the test wrote."""
+
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from alignbench.errors import ConfigError, DataError
+from alignbench.prompts.prompt import Prompt
+from alignbench.rewards.ocr import OcrScore, RapidOcr, levenshtein, likeness
+
+SIGN = Prompt("0", 'a sign that says "Open Now", red')
+
+
+class Engine:
+    """Reads the text whose number is the red value of the picture."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def __call__(self, picture: NDArray[np.uint8]) -> str:
+        assert picture.shape == (4, 6, 3)
+        return self.texts[picture[0, 0, 0]]
+
+
+def numbered(count: int) -> torch.Tensor:
+    images = torch.zeros(count, 3, 4, 6)
+    images[:, 0] = torch.arange(count).view(-1, 1, 1) / 255
+    return images
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        ("Open Now", 1),
+        ("OPENNOW", 1),
+        ("shop: open now!", 1),  # it stands in it
+        ("", 0),
+        ("open no", 6 / 7),
+        ("opem nov", 5 / 7),
+        ("openn", 5 / 7),
+        ("something else entirely", 0),  # never below 0
+    ],
+)
+def test_scores_by_hand(read: str, expected: float) -> None:
+    scores = OcrScore(Engine("x", read)).score(numbered(2)[1:], [SIGN])["reward"]
+    assert scores.tolist() == pytest.approx([expected])
+
+
+def test_every_image_has_its_own_prompt() -> None:
+    prompts = [Prompt(str(i), f'write "{text}"') for i, text in enumerate(("ab", "cd", "ab"))]
+    images = numbered(3)
+    images[2, 0, 1, 1] = torch.inf
+    scores = OcrScore(Engine("ab", "ab", "ab")).score(images, prompts)["reward"]
+    assert scores[:2].tolist() == [1, 0]
+    assert scores[2].isnan()
+
+
+@given(st.text("ab", max_size=6), st.text("ab", max_size=6))
+def test_the_distance_is_the_recursive_one(a: str, b: str) -> None:
+    @cache
+    def distance(i: int, j: int) -> int:
+        if i == 0 or j == 0:
+            return i + j
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+
+    assert levenshtein(a, b) == distance(len(a), len(b))
+
+
+@given(st.text(min_size=1).filter(lambda text: text.replace(" ", "")), st.text())
+def test_scores_are_between_0_and_1(wanted: str, read: str) -> None:
+    assert 0 <= likeness(read, wanted) <= 1
+    assert likeness(wanted, wanted) == 1
+
+
+@pytest.mark.parametrize("text", ["a sign", 'a 5" disk', 'says ""', 'says " "'])
+def test_prompts_without_a_quoted_text_are_refused_before_any_work(text: str) -> None:
+    reward = OcrScore(Engine())
+    reward.check([SIGN])
+    with pytest.raises(DataError, match="quotes no text"):
+        reward.check([SIGN, Prompt("1", text)])
+
+
+def test_the_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ConfigError, match=r"pip install 'alignbench\[ocr\]'"):
+        OcrScore("rapidocr")
+
+
+def test_the_engine_gets_blue_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Result:
+        txts = ("OP", "EN")
+
+    def engine(picture: NDArray[np.uint8]) -> Result:
+        seen.append(picture)
+        return Result()
+
+    reader = RapidOcr.__new__(RapidOcr)
+    reader._engine = engine
+    picture = np.zeros((2, 3, 3), np.uint8)
+    picture[..., 0] = 200  # red
+    assert reader(picture) == "OPEN"
+    assert seen[0][0, 0].tolist() == [0, 0, 200]
+    monkeypatch.setattr(Result, "txts", None)
+    assert reader(picture) == ""
