@@ -142,7 +142,9 @@ def draw(trials: Mapping[str, Sequence[Trial]]) -> Figure:
             gains = [np.nan if trial.gain is None else trial.gain for trial in of_method]
             axes.axhline(0, color=MUTED, linewidth=0.6)
             axes.scatter(number, gains, s=14, color=style[method].colour, marker=style[method].marker)
-            axes.step(number, best_so_far(of_method), where="post", color=style[method].colour, linewidth=1)
+            last = max((index for index, gain in enumerate(gains, start=1) if not np.isnan(gain)), default=0)
+            best = best_so_far(of_method)[:last]
+            axes.step(number[:last], best, where="post", color=style[method].colour, linewidth=1)
             axes.set_title(f"{method} ({of_method[0].reward})", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in figure.axes[len(trials) :]:
