@@ -21,9 +21,9 @@ install: $(INSTALLED)  ## make the environment .venv and install everything; an 
 
 demo: $(INSTALLED)  ## train two methods on the embedded model (10 minutes on 2 cores) and draw the report
 	@echo "[demo 1/3] DiffusionNFT on the embedded model, records in $(DEMO)"
-	@$(BIN)/python -m alignbench method=diffusion_nft reward=exact_scene evaluation=preview budget=demo name=demo results=$(RESULTS)
+	@$(BIN)/python -m alignbench method=diffusion_nft reward=exact_scene experiment=demo results=$(RESULTS)
 	@echo "[demo 2/3] Flow-GRPO at the same compute"
-	@$(BIN)/python -m alignbench method=flow_grpo reward=exact_scene evaluation=preview budget=demo name=demo results=$(RESULTS)
+	@$(BIN)/python -m alignbench method=flow_grpo reward=exact_scene experiment=demo results=$(RESULTS)
 	@echo "[demo 3/3] the report"
 	@$(BIN)/python -m alignbench.report $(DEMO) --output $(DEMO)/report
 	@echo "[demo] done; open this page in a browser: $(abspath $(DEMO))/report/index.html"

@@ -324,6 +324,9 @@ class Loop:
             known = base_evaluation.recorded(self.records.folder, described["hash"], guidance)
         known = self.parts.processes.share(known)
         if known is None:
+            if self.config.progress and self.records is not None:
+                of = f"{described['images']} images under {protocol.name} at guidance {guidance:g}"
+                tqdm.write(f"evaluating the {'base model' if weights == 'base' else f'{weights} weights'}: {of}")
             before = self._spent()["phases"]["evaluation"]
             view = "reference" if weights == "base" else weights
             with self.parts.ledger.during("evaluation"), self.parts.ledger.attempt():
