@@ -6,9 +6,6 @@ scored it. A finished evaluation is skipped, an unfinished one continues with wh
 """
 
 import hashlib
-import logging
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -21,13 +18,13 @@ import hydra
 import numpy as np
 import torch
 import transformers
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
 from alignbench import assembly, base_evaluation, schema
-from alignbench.configuration import CONF, explain, identity, plain, reward_name
+from alignbench.command import command_line
+from alignbench.configuration import CONF, identity, plain, reward_name
 from alignbench.errors import AlignbenchError, CheckpointError, ConfigError, DataError, RecordError
 from alignbench.evaluation import Evaluation, Evaluator, Samples, tag_of
 from alignbench.ledger import Ledger
@@ -560,21 +557,12 @@ def summary(records: RunDirectory) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def job(config: DictConfig) -> None:
     """Score what the composed configuration names."""
-    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # notices of torchvision, not needed
     evaluate(config)
 
 
 def main() -> None:
-    """Run the command line: errors that a user can act on are one message, status 1; Ctrl-C is status 130."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing, and the message is ours
-    try:
-        job()
-    except HydraException as error:
-        sys.exit(f"alignbench.evaluate: {explain(error, CONF)}")
-    except AlignbenchError as error:
-        sys.exit(f"alignbench.evaluate: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run the command line."""
+    command_line(job, "alignbench.evaluate")
 
 
 if __name__ == "__main__":

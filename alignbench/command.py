@@ -1,0 +1,25 @@
+"""How the commands that Hydra composes end: an error that a user can act on is one message."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+
+from alignbench.configuration import CONF, explain
+from alignbench.errors import AlignbenchError
+
+
+def command_line(job: Callable[[], None], name: str) -> None:
+    """Run a command: errors that a user can act on are one message, status 1; Ctrl-C is status 130."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing, and the message is ours
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # notices of torchvision, not needed
+    try:
+        job()
+    except HydraException as error:
+        sys.exit(f"{name}: {explain(error, CONF)}")
+    except AlignbenchError as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
