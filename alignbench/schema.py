@@ -91,13 +91,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Method:
-    """``conf/method``."""
+    """``conf/method``; ``tuned``: its settings were found with the same effort as the other methods'."""
 
     name: str
     algorithm: Section
     rollout: Section
     batch: Section
     optimizer: Section
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         folder_name(self.name, "method.name is")
