@@ -1,8 +1,10 @@
 """`python -m alignbench.tune space.yaml`: tune several methods with equal effort.
 
 Every method gets the same number of trials, of the same budget, drawn from its own space of levels by a Latin
-hypercube: each level of each knob is tried equally often, up to rounding. Trials are ordinary runs, so finished ones
-are skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses. What came out is
+hypercube: each level of each knob is tried equally often, up to rounding. A second round may run the best of them again
+under another experiment, with a larger budget (one step of successive halving, Jamieson & Talwalkar 2016, arXiv
+1502.07943): what gains early is not always what gains most. Trials are ordinary runs, so finished ones are
+skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses. What came out is
 written beside the space: ``trials.md`` and ``trials.png``.
 """
 
@@ -19,8 +21,10 @@ import yaml
 from scipy.stats import qmc
 
 from alignbench.errors import AlignbenchError, ConfigError
-from alignbench.records import atomic_write
+from alignbench.records import atomic_write, find_runs
 from alignbench.report import curves, data, tuning
+from alignbench.report.data import Records
+from alignbench.report.tuning import Trial
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Space:
         seed: of the design.
         methods: by name: the reward it is tuned on (``reward``) and the ordered levels of its knobs (``knobs``), by
             configuration key.
+        second: the second round, if there is one: its ``experiment``, and how many of each method's ``best`` trials.
     """
 
     experiment: str
     trials: int
     seed: int
     methods: Mapping[str, Mapping[str, Any]]
+    second: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Space":
@@ -51,11 +57,15 @@ class Space:
             space = cls(**yaml.safe_load(path.read_text()))
             sizes = [len(levels) for method in space.methods.values() for levels in method["knobs"].values()]
             assert all(isinstance(method["reward"], str) for method in space.methods.values())
+            assert space.second is None or set(space.second) == {"experiment", "best"}
         except (OSError, yaml.YAMLError, TypeError, AttributeError, KeyError, AssertionError) as error:
             raise ConfigError(
                 f"{path}: expected the keys experiment, trials, seed and methods, each method with a reward and knobs "
-                f"(configuration key: list of levels); {type(error).__name__}: {error}"
+                f"(configuration key: list of levels), and perhaps second (experiment, best); "
+                f"{type(error).__name__}: {error}"
             ) from error
+        if space.second is not None and space.second["best"] not in range(1, space.trials + 1):
+            raise ConfigError(f"{path}: second.best is {space.second['best']}: from 1 to the {space.trials} trials")
         if space.trials < 1 or not sizes or min(sizes) < 2:
             raise ConfigError(f"{path}: needs trials of 1 or more and at least two levels for every knob")
         return space
@@ -76,30 +86,71 @@ class Space:
             raise ConfigError(f"{method}: two of {self.trials} trials are the same; change seed, or add levels")
         return settings
 
-    def command(self, method: str, setting: Mapping[str, Any], results: Path) -> list[str]:
+    def command(self, experiment: str, method: str, setting: Mapping[str, Any], results: Path) -> list[str]:
         """The command that runs one trial."""
         chosen = [f"{knob}={'null' if level is None else level}" for knob, level in setting.items()]
         return [
             *(sys.executable, "-m", "alignbench"),
-            *(f"experiment={self.experiment}", f"method={method}", f"reward={self.methods[method]['reward']}"),
+            *(f"experiment={experiment}", f"method={method}", f"reward={self.methods[method]['reward']}"),
             *(f"results={results}", "progress=false"),
             *chosen,
         ]
 
 
+def found(
+    space: Space, methods: Sequence[str], results: Path
+) -> tuple[dict[str, list[Trial]], dict[str, list[Trial | None]]]:
+    """The trials of both rounds by method, as their records say.
+
+    The second round has an entry for every trial of the first, None for those that are not among the best; it is empty
+    for a method whose first round has not finished.
+    """
+    records = data.load([results]) if results.is_dir() and find_runs(results) else Records((), ())
+    first: dict[str, list[Trial]] = {}
+    second: dict[str, list[Trial | None]] = {}
+    for method in methods:
+        reward = space.methods[method]["reward"]
+        first[method] = [
+            tuning.find(records, space.experiment, method, reward, setting) for setting in space.design(method)
+        ]
+        if space.second is not None and all(trial.gain is not None for trial in first[method]):
+            again = tuning.best(first[method], space.second["best"])
+            second[method] = [
+                tuning.find(records, space.second["experiment"], method, reward, trial.setting)
+                if trial in again
+                else None
+                for trial in first[method]
+            ]
+    return first, second
+
+
 def summarise(space: Space, methods: Sequence[str], results: Path, output: Path) -> None:
     """Write trials.md and trials.png from the records of the trials."""
-    records = data.load([results])
-    trials = {
-        method: [
-            tuning.find(records, space.experiment, method, space.methods[method]["reward"], setting)
-            for setting in space.design(method)
-        ]
-        for method in methods
-    }
-    atomic_write(output / "trials.md", f"# Trials\n\n{tuning.page(space.methods, trials)}")
-    atomic_write(output / "trials.png", curves.png(tuning.draw(trials), dpi=120))
+    first, second = found(space, methods, results)
+    atomic_write(output / "trials.md", f"# Trials\n\n{tuning.page(space.methods, first, second)}")
+    atomic_write(output / "trials.png", curves.png(tuning.draw(first, second), dpi=120))
     print(f"{output / 'trials.md'}, {output / 'trials.png'}")
+
+
+def carry_out(space: Space, trials: Sequence[tuple[str, str, Mapping[str, Any]]], results: Path, jobs: int) -> int:
+    """Run trials (experiment, method, setting), some at a time; returns how many failed."""
+
+    def run(number: int) -> bool:
+        experiment, method, setting = trials[number]
+        command = space.command(experiment, method, setting, results)
+        ended = subprocess.run(command, capture_output=True, text=True)
+        done = ended.returncode == 0
+        shown = ", ".join(f"{knob.rsplit('.', 1)[-1]}={level}" for knob, level in setting.items())
+        last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"{experiment} [{number + 1}/{len(trials)}] {method}: {shown}: {'done' if done else last}", flush=True)
+        return done
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(pool.map(run, range(len(trials)))).count(False)
+        except KeyboardInterrupt:  # the trials get it too and save themselves
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,28 +172,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlignbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    trials = [(method, designs[method][trial]) for trial in range(space.trials) for method in methods]
-
-    def run(number: int) -> bool:
-        method, setting = trials[number]
-        ended = subprocess.run(space.command(method, setting, options.results), capture_output=True, text=True)
-        done = ended.returncode == 0
-        shown = ", ".join(f"{knob.rsplit('.', 1)[-1]}={level}" for knob, level in setting.items())
-        last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"[{number + 1}/{len(trials)}] {method}: {shown}: {'done' if done else last}", flush=True)
-        return done
-
-    with ThreadPoolExecutor(options.jobs) as pool:
+    failed = 0
+    if not options.summary:
+        trials = [
+            (space.experiment, method, designs[method][trial]) for trial in range(space.trials) for method in methods
+        ]
         try:
-            finished = [] if options.summary else list(pool.map(run, range(len(trials))))
-        except KeyboardInterrupt:  # the trials get it too and save themselves
-            pool.shutdown(cancel_futures=True)
+            failed = carry_out(space, trials, options.results, options.jobs)
+            if space.second is not None:
+                _, second = found(space, methods, options.results)
+                again = [
+                    (space.second["experiment"], method, trial.setting)
+                    for method, of_method in second.items()
+                    for trial in of_method
+                    if trial is not None
+                ]
+                failed += carry_out(space, again, options.results, options.jobs)
+        except KeyboardInterrupt:
             print("stopped; the same command continues")
             return 130
     summarise(space, methods, options.results, options.space.parent)
-    if not all(finished):
-        print(f"{finished.count(False)} of {len(trials)} trials failed; the same command tries them again")
-    return 0 if all(finished) else 1
+    if failed:
+        print(f"{failed} trials failed; the same command tries them again")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

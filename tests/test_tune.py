@@ -1,5 +1,6 @@
 """Equal tuning: the design is balanced, trials are found again in the records, and what is read from them is right."""
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,11 @@ from alignbench.report import data, tuning
 from alignbench.tune import Space
 from tests.report.synthetic import write_run
 
-LEVELS = {"method.optimizer.lr": [1e-4, 3e-4, 1e-3, 3e-3], "method.algorithm.beta": [0.1, 1.0], "method.k": [None, 1]}
+LEVELS: dict[str, list[Any]] = {
+    "method.optimizer.lr": [1e-4, 3e-4, 1e-3, 3e-3],
+    "method.algorithm.beta": [0.1, 1.0],
+    "method.k": [None, 1],
+}
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -45,6 +50,9 @@ def test_a_space_too_small_for_its_trials_is_refused(tmp_path: Path) -> None:
         {"methods": {"m": {"knobs": {"lr": [1, 2]}}}},
         {"methods": {"m": {"reward": "r", "knobs": {"a": [1]}}}},
         {"surprise": 1},
+        {"second": {"experiment": "long"}},
+        {"second": {"experiment": "long", "best": 9}},
+        {"second": {"experiment": "long", "best": 0}},
         {"methods": {}},
     ],
 )
@@ -55,7 +63,7 @@ def test_a_malformed_space_is_refused_by_name(tmp_path: Path, changes: dict[str,
 
 def test_a_trial_is_an_ordinary_run(tmp_path: Path) -> None:
     setting = {"method.optimizer.lr": 1e-3, "method.k": None}
-    command = Space.read(written(tmp_path)).command("flow_grpo", setting, tmp_path)
+    command = Space.read(written(tmp_path)).command("first", "flow_grpo", setting, tmp_path)
     assert command[:3] == [sys.executable, "-m", "alignbench"]
     assert command[3:] == [
         "experiment=first", "method=flow_grpo", "reward=geneval", f"results={tmp_path}", "progress=false",
@@ -111,3 +119,36 @@ def test_find_wants_every_knob_to_agree(tmp_path: Path) -> None:
 def test_an_unknown_method_is_an_error_before_any_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([str(written(tmp_path)), "--methods", "ddpo"]) == 1
     assert "has no method 'ddpo'; it has: diffusion_nft, flow_grpo" in capsys.readouterr().err
+
+
+def test_the_second_round_runs_the_best_again_and_decides(tmp_path: Path) -> None:
+    space = Space.read(written(tmp_path, second={"experiment": "long", "best": 2}))
+    gains = [0.1, 0.5, 0.2, 0.4, 0.3, 0.0, -0.1, -0.2]
+
+    def record(experiment: str, number: int, gain: float) -> None:
+        setting = space.design("diffusion_nft")[number]
+        folder = write_run(tmp_path / "results", variant=f"v{number}", experiment=experiment, config=setting)
+        rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["metrics"]["reward"] = 0.0 if row["weights"] == "base" else gain
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for number, gain in enumerate(gains[:-1]):
+        record("first", number, gain)
+    assert tune.found(space, ["diffusion_nft"], tmp_path / "results")[1] == {}  # one trial is missing
+    record("first", 7, gains[7])
+    record("long", 3, 0.9)
+    first, second = tune.found(space, ["diffusion_nft"], tmp_path / "results")
+    assert [trial.gain for trial in first["diffusion_nft"]] == gains
+    again = second["diffusion_nft"]
+    assert [index for index, trial in enumerate(again) if trial] == [1, 3]  # the two best
+    assert [trial.gain for trial in again if trial] == [None, 0.9]
+    best = tuning.winner(first["diffusion_nft"], again)
+    assert best is not None
+    assert best.gain == 0.9
+    assert best.setting == space.design("diffusion_nft")[3]  # not the winner of the first round
+    tune.summarise(space, ["diffusion_nft"], tmp_path / "results", tmp_path)
+    lines = (tmp_path / "trials.md").read_text().splitlines()
+    assert any(line.startswith("| diffusion_nft | geneval | 8/8, 1/2 again |") and "+0.900" in line for line in lines)
+    assert any(line.startswith("| 4 again |") for line in lines)
+    assert any(line.startswith("| 2 again |") and line.endswith("| not run |") for line in lines)

@@ -74,10 +74,15 @@ def best_so_far(trials: Sequence[Trial]) -> list[float]:
     return [float(value) for value in np.fmax.accumulate(gains)]
 
 
-def winner(trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial of the largest gain, the earlier one of equals."""
+def best(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The finished trials of the largest gains, best first, the earlier one of equals."""
     finished = [trial for trial in trials if trial.gain is not None]
-    return max(finished, key=lambda trial: trial.gain or 0.0) if finished else None
+    return sorted(finished, key=lambda trial: -(trial.gain or 0.0))[:count]
+
+
+def winner(first: Sequence[Trial], second: Sequence[Trial | None] = ()) -> Trial | None:
+    """The best trial: of the second round if one of it finished, else of the first; None if none did."""
+    return next(iter(best([trial for trial in second if trial], 1) or best(first, 1)), None)
 
 
 def boundary_hits(best: Trial, knobs: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -85,17 +90,23 @@ def boundary_hits(best: Trial, knobs: Mapping[str, Sequence[Any]]) -> list[str]:
     return [knob for knob, levels in knobs.items() if best.setting[knob] in (levels[0], levels[-1])]
 
 
-def page(space: Mapping[str, Mapping[str, Any]], trials: Mapping[str, Sequence[Trial]]) -> str:
+def page(
+    space: Mapping[str, Mapping[str, Any]],
+    trials: Mapping[str, Sequence[Trial]],
+    second: Mapping[str, Sequence[Trial | None]],
+) -> str:
     """Markdown: the winners with their boundary hits, then every trial of every method.
 
     Args:
         space: for each method its ``knobs``, knob -> ordered levels.
         trials: for each method its trials, in the order of the design.
+        second: for each method of which there is one, the second round: the same trials again, None where not run.
     """
     lines = ["| method | reward | trials | best setting | base | best | gain | at a boundary |", "|" + "---|" * 8]
     for method, of_method in trials.items():
-        best, done = winner(of_method), sum(trial.gain is not None for trial in of_method)
-        head = f"| {method} | {of_method[0].reward} | {done}/{len(of_method)} |"
+        again = [trial for trial in second.get(method, ()) if trial is not None]
+        best, done = winner(of_method, again), _finished(of_method) + (f", {_finished(again)} again" if again else "")
+        head = f"| {method} | {of_method[0].reward} | {done} |"
         if best is None or best.gain is None:
             lines.append(f"{head} none finished | | | | |")
             continue
@@ -105,18 +116,26 @@ def page(space: Mapping[str, Mapping[str, Any]], trials: Mapping[str, Sequence[T
             f"| {hits} |"
         )
     for method, of_method in trials.items():
+        numbered = [(str(number), trial) for number, trial in enumerate(of_method, start=1)]
+        numbered += [
+            (f"{number} again", trial) for number, trial in enumerate(second.get(method, ()), start=1) if trial
+        ]
         knobs = [short(knob) for knob in space[method]["knobs"]]
-        measured = sorted({name for trial in of_method for name in trial.held_out or {}})
+        measured = sorted({name for _, trial in numbered for name in trial.held_out or {}})
         lines += ["", f"## {method}", ""]
         lines += ["| trial | " + " | ".join([*knobs, "gain", *measured, "TFLOP", "status"]) + " |"]
         lines += ["|" + "---|" * (len(knobs) + len(measured) + 4)]
-        for number, trial in enumerate(of_method, start=1):
+        for number, trial in numbered:
             cells = [str(level) for level in trial.setting.values()]
             cells.append("" if trial.gain is None else f"{trial.gain:+.3f}")
             cells += [f"{(trial.held_out or {}).get(name, np.nan):.3f}".replace("nan", "") for name in measured]
             cells += ["" if trial.flops is None else f"{trial.flops / 1e12:.2f}", trial.status]
             lines.append(f"| {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _finished(trials: Sequence[Trial]) -> str:
+    return f"{sum(trial.gain is not None for trial in trials)}/{len(trials)}"
 
 
 def short(knob: str) -> str:
@@ -128,8 +147,11 @@ def _setting(trial: Trial) -> str:
     return ", ".join(f"{short(knob)} {level}" for knob, level in trial.setting.items())
 
 
-def draw(trials: Mapping[str, Sequence[Trial]]) -> Figure:
-    """Gain of every trial (points) and best so far (steps) against the number of trials, a panel a method."""
+def draw(trials: Mapping[str, Sequence[Trial]], second: Mapping[str, Sequence[Trial | None]]) -> Figure:
+    """Gain of every trial (points) and best so far (steps) against the number of trials, a panel a method.
+
+    A trial's gain in the second round is a ring above or below its point.
+    """
     columns = min(4, len(trials))
     rows = -(-len(trials) // columns)
     style = styles(list(trials))
@@ -142,9 +164,12 @@ def draw(trials: Mapping[str, Sequence[Trial]]) -> Figure:
             gains = [np.nan if trial.gain is None else trial.gain for trial in of_method]
             axes.axhline(0, color=MUTED, linewidth=0.6)
             axes.scatter(number, gains, s=14, color=style[method].colour, marker=style[method].marker)
+            again = [np.nan if trial is None or trial.gain is None else trial.gain for trial in second.get(method, ())]
+            colour = style[method].colour
+            axes.scatter(number[: len(again)], again, s=26, facecolors="none", edgecolors=colour, linewidths=1)
             last = max((index for index, gain in enumerate(gains, start=1) if not np.isnan(gain)), default=0)
-            best = best_so_far(of_method)[:last]
-            axes.step(number[:last], best, where="post", color=style[method].colour, linewidth=1)
+            so_far = best_so_far(of_method)[:last]
+            axes.step(number[:last], so_far, where="post", color=style[method].colour, linewidth=1)
             axes.set_title(f"{method} ({of_method[0].reward})", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in figure.axes[len(trials) :]:
