@@ -12,24 +12,27 @@ GIGABYTES := 9
 DEMO := $(RESULTS)/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint soak report
+.PHONY: help install demo test lint soak report docs
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make the environment .venv and install everything; an existing VENV=... keeps what it has
 
-demo: $(INSTALLED)  ## train two methods on the embedded model (10 minutes on 2 cores) and draw the report
-	@echo "[demo 1/3] DiffusionNFT on the embedded model, records in $(DEMO)"
-	@$(BIN)/python -m alignbench method=diffusion_nft reward=exact_scene experiment=demo results=$(RESULTS)
-	@echo "[demo 2/3] Flow-GRPO at the same compute"
-	@$(BIN)/python -m alignbench method=flow_grpo reward=exact_scene experiment=demo results=$(RESULTS)
-	@echo "[demo 3/3] the report"
+demo: $(INSTALLED)  ## train five methods on the embedded model (10 minutes on 2 cores) and draw the report
+	@echo "[demo 1/2] DiffusionNFT, Flow-GRPO, TempFlow-GRPO, SRPO and Diffusion-SDPO on PickScore, records in $(DEMO)"
+	@$(BIN)/python -m alignbench -m experiment=demo reward=pickscore results=$(RESULTS) \
+		method=diffusion_nft,flow_grpo,tempflow_grpo,srpo,sdpo
+	@echo "[demo 2/2] the report"
 	@$(BIN)/python -m alignbench.report $(DEMO) --output $(DEMO)/report
 	@echo "[demo] done; open this page in a browser: $(abspath $(DEMO))/report/index.html"
 
 report: $(INSTALLED)  ## draw the report of every run below results/
 	@$(BIN)/python -m alignbench.report $(RESULTS) --output $(RESULTS)/report
+
+docs: $(INSTALLED)  ## build the documentation site; a warning is an error
+	@$(BIN)/python docs/build.py build/docs
+	@echo "[docs] done; open this page in a browser: $(abspath build/docs)/site/index.html"
 
 lint: $(INSTALLED)  ## style, types, and who may import whom
 	@echo "[lint 1/4] ruff check"

@@ -2,15 +2,20 @@
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from alignbench import sweep
 from alignbench.command import command_line
 from alignbench.configuration import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> None:
-    """One run of the composed configuration."""
+    """One run of the composed configuration, or one cell of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep.cell(config)
+        return
     from alignbench.run import run
 
     run(config, overrides=list(HydraConfig.get().overrides.task))
@@ -18,7 +23,8 @@ def job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
-    command_line(job, "alignbench")
+    with sweep.concluded():
+        command_line(job, "alignbench")
 
 
 if __name__ == "__main__":

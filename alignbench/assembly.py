@@ -22,6 +22,7 @@ from alignbench.errors import ConfigError
 from alignbench.evaluation import Evaluator, Protocol, Samples, tag_of
 from alignbench.ledger import Budget, Ledger
 from alignbench.methods.method import BatchSize, Method
+from alignbench.policies.diffusers_policy import DiffusersPolicy
 from alignbench.policies.policy import Policy
 from alignbench.processes import Processes
 from alignbench.prompts import sets
@@ -59,9 +60,62 @@ class Parts:
         return self.stack.ledger
 
 
+@dataclass
+class Checked:
+    """What a configuration asks for, as far as it can be known without a model."""
+
+    method: Method
+    budget: Budget
+    curve: Protocol
+    final: Protocol
+    prompts: list[Prompt]
+
+
 def launched(config: DictConfig) -> Processes:
     """The processes of the run, on GPUs where that is possible and not refused."""
     return Processes("cuda" if config.get("device") != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check(config: DictConfig, processes: int) -> Checked:
+    """Check a configuration for a number of processes, and read its prompts; no model is loaded.
+
+    Raises:
+        ConfigError: parts that do not fit each other, impossible batch arithmetic, values out of range.
+        DataError, BudgetError: prompts or limits that cannot be used.
+    """
+    schema.check(config)
+    if config.device == "cuda" and not torch.cuda.is_available() and not config.dry_run:
+        raise ConfigError("device=cuda, but torch sees no CUDA device; device=cpu runs everything, slowly")
+    budget = Budget(config.budget)
+    curve, final = configured_protocols(config)
+    method = _method(config)
+    needs.check(config, method)
+    if method.batch.total < processes:
+        raise ConfigError(
+            f"{method.batch.prompts} prompts x {method.batch.images} images = {method.batch.total} images for "
+            f"{processes} processes: every process needs at least one image"
+        )
+    prompts = _prompts(config, config.prompts.split)
+    if len(prompts) < method.batch.prompts:
+        raise ConfigError(
+            f"an iteration needs {method.batch.prompts} distinct prompts but the set has {len(prompts)}; "
+            f"method.batch.prompts={len(prompts)} is the most"
+        )
+    return Checked(method, budget, curve, final, prompts)
+
+
+def check_models(config: DictConfig) -> None:
+    """Check the settings of the reward and of the scorers, which a plan does not load.
+
+    Raises:
+        ConfigError: one does not exist for the model's domain, lacks a package, or has a setting that does not fit.
+    """
+    domain = config.model.domain
+    for name, part in _plain(config.reward.parts).items():
+        _check_made(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", device="cpu")
+    for name, node in _plain(config.evaluation.scorers).items():
+        if domain in node:
+            _check_made(node[domain], f"evaluation.scorers.{name}.{domain}", device="cpu")
 
 
 def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
@@ -75,34 +129,18 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
         ConfigError: parts that do not fit each other, impossible batch arithmetic, values out of range.
         CheckpointError, DataError, BudgetError: weights, prompts or limits that cannot be used.
     """
-    schema.check(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device; device=cpu runs everything, slowly")
     processes = processes or launched(config)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    checked = check(config, processes.count)
+    method = checked.method
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    budget = Budget(config.budget)
-    curve, final = configured_protocols(config)
-    method = _method(config)
-    needs.check(config, method)
-    if method.batch.total < processes.count:
-        raise ConfigError(
-            f"{method.batch.prompts} prompts x {method.batch.images} images = {method.batch.total} images for "
-            f"{processes.count} processes: every process needs at least one image"
-        )
-    prompts = _prompts(config, config.prompts.split)
-    if len(prompts) < method.batch.prompts:
-        raise ConfigError(
-            f"an iteration needs {method.batch.prompts} distinct prompts but the set has {len(prompts)}; "
-            f"method.batch.prompts={len(prompts)} is the most"
-        )
     reward = trained_reward(config, processes)
     policy = pretrained(config, processes)
+    for sampler in (method.sampler, checked.curve.sampler(1.0), checked.final.sampler(1.0)):
+        policy.grid(sampler.steps, sampler.grid)  # refuses one that the model does not have, before any is walked
     for view in (*method.needs.views, "evaluation"):
         policy.add_view(view)
-    reward.check(prompts)
+    reward.check(checked.prompts)
     stack = Stack(policy, reward, new_ledger(processes), processes, micro_batch=config.micro_batch)
     adamw = _plain(config.method.optimizer)
     return Parts(
@@ -110,11 +148,11 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
         policy=policy,
         stack=stack,
         method=method,
-        prompts=prompts,
+        prompts=checked.prompts,
         evaluator=evaluator(config, stack, evaluated_prompts(config)),
-        curve=curve,
-        final=final,
-        budget=budget,
+        curve=checked.curve,
+        final=checked.final,
+        budget=checked.budget,
         optimizer=optimizer.adamw(policy, **{name: adamw[name] for name in ("lr", "weight_decay", "betas", "eps")}),
     )
 
@@ -149,6 +187,12 @@ def _made(node: Any, where: str, **more: Any) -> Any:
     return _build(target(plain, where), {key: plain[key] for key in plain if key != "_target_"}, where, **more)
 
 
+def _check_made(node: Any, where: str, **more: Any) -> None:
+    """Errors of ``_made``, as far as settings have them."""
+    plain = embedded(_plain(node))
+    settings.arguments(target(plain, where), {key: plain[key] for key in plain if key != "_target_"}, where, **more)
+
+
 def _method(config: DictConfig) -> Method:
     method: Method = _made(
         config.method.algorithm,
@@ -176,8 +220,17 @@ def trained_reward(config: DictConfig, processes: Processes) -> Reward:
 
 def pretrained(config: DictConfig, processes: Processes, **settings: Any) -> Policy:
     """The configured model with its weights; ``settings`` stand in place of those of ``model.policy``."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     node = _plain(config.model.policy) | settings
     policy: Policy = _made(node, "model.policy", device=str(processes.device), seed=config.seed)
+    return policy
+
+
+def abstract_policy(config: DictConfig) -> DiffusersPolicy:
+    """The configured model inside ``architecture.abstract()``: its architecture, with nothing in its tensors."""
+    node = _plain(config.model.policy) | {"weights": "random"}
+    policy: DiffusersPolicy = _made(node | {"compile": False}, "model.policy", device="cpu", seed=config.seed)
     return policy
 
 

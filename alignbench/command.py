@@ -8,11 +8,13 @@ from collections.abc import Callable
 from hydra.errors import HydraException
 
 from alignbench.configuration import CONF, explain
-from alignbench.errors import AlignbenchError
+from alignbench.errors import AlignbenchError, LockedError
 
 
 def command_line(job: Callable[[], None], name: str) -> None:
-    """Run a command: errors that a user can act on are one message, status 1; Ctrl-C is status 130."""
+    """Run a command: errors that a user can act on are one message, status 1 (75 if it is only too early, because
+    another process is at the run); Ctrl-C is status 130.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing, and the message is ours
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # notices of torchvision, not needed
     try:
@@ -20,6 +22,7 @@ def command_line(job: Callable[[], None], name: str) -> None:
     except HydraException as error:
         sys.exit(f"{name}: {explain(error, CONF)}")
     except AlignbenchError as error:
-        sys.exit(f"{name}: {error}")
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, LockedError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
 # Where a run goes, how it is shown or batched, what is allowed; everything else decides its numbers.
 NOT_IDENTITY = (
-    *("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "threads", "device"),
+    *("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "plan", "threads", "device"),
     "evaluation.published",
 )
 CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
@@ -66,7 +66,7 @@ def variant(overrides: Sequence[str]) -> str:
     parts = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in CHOICES and key not in NOT_IDENTITY:
+        if key not in CHOICES and not any(key == each or key.startswith(f"{each}.") for each in NOT_IDENTITY):
             short = key.rsplit(".", 1)[-1]
             parts.append(f"{key if last.count(short) > 1 else short}={value}")
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(parts)))

@@ -1,5 +1,7 @@
 """Errors that a user can act on: each says what was expected, what came, and what would work."""
 
+from pathlib import Path
+
 
 class AlignbenchError(Exception):
     """Base class: the command line prints these as one message, without a traceback."""
@@ -23,6 +25,14 @@ class RewardError(AlignbenchError):
 
 class RecordError(AlignbenchError):
     """A run directory cannot be written or does not belong to this configuration."""
+
+
+class LockedError(RecordError):
+    """Another process is writing the run directory ``folder``; ``writer`` says which."""
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        super().__init__(f"{folder} is being written by {writer}: wait for it, end it, or choose another folder.")
+        self.folder, self.writer = folder, writer
 
 
 class BudgetError(AlignbenchError):

@@ -115,8 +115,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """End together: when one process fails, all do, and the main process prints the message, once.
 
-        With several processes an exception leaves as ``SystemExit``; one that is no ``AlignbenchError`` has its
-        traceback printed where it happened. With one process it goes on as it is.
+        With several processes an exception leaves as the cause of a ``SystemExit``; one that is no ``AlignbenchError``
+        has its traceback printed where it happened. With one process it goes on as it is.
         """
         if self.count == 1:
             yield
@@ -131,10 +131,9 @@ class Processes:
         except Exception as error:
             if not isinstance(error, AlignbenchError):
                 traceback.print_exception(error)
-            if not isinstance(error, ProcessError):
-                error = self._fail(error)
+            told = error if isinstance(error, ProcessError) else self._fail(error)
             if self.main:
-                print(f"alignbench: {error}", file=sys.stderr, flush=True)
+                print(f"alignbench: {told}", file=sys.stderr, flush=True)
             with suppress(ProcessError):
                 self._exchange(None)  # a launcher ends the others as soon as one has left
             raise SystemExit(1) from error

@@ -21,6 +21,8 @@ import math
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
-from alignbench.errors import CheckpointError, RecordError
+from alignbench.errors import CheckpointError, LockedError, RecordError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,7 @@ ENVIRONMENT = VOLATILE | {"threads", "processes"}  # fields of run.json that do 
 KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on if the disk damages it
 MINIMUM_FREE_BYTES = 256 * 2**20  # records and two LoRA checkpoints of the embedded model take a tenth of this
 ROW_FILES = ("metrics.jsonl", "evaluations.jsonl")
+LOCK = ".lock"
 
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted"]
 
@@ -279,8 +282,8 @@ class RunDirectory:
         """Create the folder, or take up a run that was begun there with the same configuration.
 
         `run` is the content of run.json; the one written first stays. Raises RecordError, before any work, if the
-        folder cannot be written or is short of space, if another process has it open, or if it belongs to another
-        configuration: another `config`, or another value of a field of `run` that is not the environment's.
+        folder cannot be written or is short of space, if another process has it open (LockedError), or if it belongs to
+        another configuration: another `config`, or another value of a field of `run` that is not the environment's.
         """
         plain_config, plain_run = _plain(config, "config.yaml"), _plain({"schema": SCHEMA, **run}, "run.json")
         with _writing(folder):
@@ -291,7 +294,7 @@ class RunDirectory:
                 f"{folder} has {free / 2**20:.0f} MB free, a run needs at least {minimum_free_bytes / 2**20:.0f} MB: "
                 "free some space or choose another results folder."
             )
-        lock = _take_lock(folder / ".lock")
+        lock = _take_lock(folder / LOCK)
         try:
             changes = _begin(folder, plain_config, plain_run)
         except BaseException:
@@ -519,24 +522,62 @@ class RunDirectory:
         return cut
 
 
+# The lock is flock's, on a file that says who has it, "<process> <host>". The system frees it when the process ends,
+# however that happens, so none is ever stale.
+
+
 def _take_lock(path: Path) -> int:
-    """Descriptor that holds the run's lock; the system frees it when the process ends, however that happens."""
+    """Descriptor that holds the run's lock. Raises LockedError if another process has it."""
     with _writing(path):
         descriptor = _open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for wait in (0.0, 0.02, 0.05, 0.1):  # `writer` takes the lock too, for an instant
+                time.sleep(wait)
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+            else:
+                raise LockedError(path.parent, _named_in(path))
             _truncate(descriptor, 0)
-            _write(descriptor, f"{os.getpid()}\n".encode())
-        except BlockingIOError as error:
-            holder = path.read_text().strip() or "unknown"
+            _write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        except OSError as error:
             os.close(descriptor)
-            raise RecordError(
-                f"{path.parent} is being written by process {holder}: wait for it, end it, or choose another folder."
-            ) from error
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise RecordError(
+                    f"{path.parent} is on a file system without locks ({error.strerror}), where two processes could "
+                    "write one run: mount it with flock (NFS: without nolock), or choose another results folder."
+                ) from error
+            raise
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _named_in(lock: Path) -> str:
+    process, _, host = lock.read_text().strip().partition(" ")
+    where = f" on {host}" if host and host != socket.gethostname() else ""
+    return f"process {process}{where}" if process else "another process"
+
+
+def writer(folder: Path) -> str | None:
+    """The live process that is writing a run, None if there is none: "process 12" or, elsewhere, "process 12 on host".
+
+    Processes on other hosts are seen where the file system's locks reach them.
+    """
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:  # no run, or a copy of one
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _named_in(folder / LOCK)
+    except OSError:  # a file system without locks, so nobody can be writing
+        return None
+    finally:
+        os.close(descriptor)  # frees it
 
 
 def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[str]:

@@ -14,15 +14,15 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from alignbench import assembly, base_evaluation, model_card, optimizer, plan
+from alignbench import assembly, base_evaluation, model_card, optimizer, plan, schema
 from alignbench.assembly import Parts
 from alignbench.configuration import identity, reward_name, run_folder, variant
-from alignbench.errors import AlignbenchError, RecordError, RewardError
+from alignbench.errors import AlignbenchError, LockedError, RecordError, RewardError
 from alignbench.evaluation import Protocol
 from alignbench.methods.method import Clock
-from alignbench.processes import Stopped
+from alignbench.processes import Processes, Stopped
 from alignbench.prompts.sets import draw
-from alignbench.records import Checkpoint, RunDirectory, Status, read_run
+from alignbench.records import Checkpoint, RunDirectory, Status, differences, read_run, writer
 from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
@@ -41,29 +41,51 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         The run's folder.
 
     Raises:
-        AlignbenchError: whatever a user can act on; the status file says the same.
+        AlignbenchError: whatever a user can act on; the status file says the same. LockedError: another live process
+            is at this run.
     """
     processes = assembly.launched(config)
     with processes.together():
-        parts = assembly.assemble(config, processes)
+        schema.check(config)
         folder = run_folder(config, overrides)
-        if processes.main:
-            print(plan.table(config, parts, folder), flush=True)
-        plan.check_budget(config, parts)
-        if config.dry_run:
+        if not config.dry_run and processes.share(processes.main and finished(folder, config, processes)):
             return folder
+        if config.dry_run:
+            told, outline = plan.dry_run(config, processes, folder)
+            if processes.main:
+                print(told, flush=True)
+            plan.check_budget(config, outline)
+            return folder
+        parts = assembly.assemble(config, processes)
+        outline = plan.Outline.of(parts)
+        if processes.main:
+            print(plan.table(config, outline, folder), flush=True)
+        plan.check_budget(config, outline)
         described = assembly.describe(config, parts) | {"variant": variant(overrides), "reward": reward_name(config)}
         with (
             RunDirectory.open(folder, config=identity(config), run=described) if processes.main else nullcontext()
         ) as records:
-            if processes.share(records is not None and records.status.get("status") == "done"):
-                if records is not None:
-                    changed = [change for change in records.changes if change.startswith("git.")]
-                    since = f"; warning: it was made by other code ({', '.join(changed)})" if changed else ""
-                    print(f"{folder}: already done, skipped{since}")
-            else:
-                carry_out(config, parts, records)
+            if not processes.share(records is not None and records.status.get("status") == "done"):
+                carry_out(config, parts, records)  # otherwise another process has done it meanwhile
     return folder
+
+
+def finished(folder: Path, config: DictConfig, processes: Processes) -> bool:
+    """Whether the run is done already, as its records say before anything is loaded; tells so.
+
+    Raises:
+        LockedError: another live process is at it.
+    """
+    known = read_run(folder)
+    if known.status.get("status") == "done" and not differences(known.config, identity(config)):
+        before, now = known.run.get("git", {}), assembly.environment(processes)["git"]
+        changed = differences({"git": before}, {"git": now})
+        since = f"; warning: it was made by other code ({', '.join(changed)})" if changed else ""
+        print(f"{folder}: already done, skipped{since}", flush=True)
+        return True
+    if (busy := writer(folder)) is not None:
+        raise LockedError(folder, busy)
+    return False
 
 
 def carry_out(config: DictConfig, parts: Parts, records: RunDirectory | None) -> None:
@@ -89,7 +111,7 @@ def carry_out(config: DictConfig, parts: Parts, records: RunDirectory | None) ->
 
 def verdict(error: BaseException) -> tuple[Status, str]:
     """How a run that ended with this error stands in the records."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):  # the second one: a launcher that takes the job back
         return "interrupted", "stopped by a signal; the same command continues from the last checkpoint"
     if isinstance(error, RuntimeError) and out_of_memory(error):
         return "out_of_memory", (
@@ -231,7 +253,10 @@ class Loop:
             self.clock.iteration,
             self.config.prompts.balance,
         )
-        with ledger.during("rollout"):
+        # A rollout that is stopped is thrown away, and its passes are wasted: the run continues from the iteration's
+        # start. Several processes finish it, since they need not make equally many calls.
+        stopping = parts.stack.micro_batch.interrupted_by(self.stop_if_asked)
+        with ledger.during("rollout"), ledger.attempt(), stopping if parts.processes.count == 1 else nullcontext():
             experience = method.collect(parts.stack, prompts, self.clock)
         if "reward_std" in experience.metrics:
             self._check_reward(experience.metrics["reward_std"])

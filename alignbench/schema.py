@@ -28,6 +28,7 @@ def check(config: DictConfig) -> None:
     run = construct(Run, plain(config), "")
     method = construct(Method, run.method, "method")
     construct(Optimizer, method.optimizer, "method.optimizer")
+    construct(Plan, run.plan, "plan")
     check_evaluated(run.model, run.reward, run.prompts, run.evaluation)
     for axis, limit in run.budget.items():
         checked(limit, float | None, f"budget.{axis}")
@@ -58,6 +59,7 @@ class Run:
     checkpoint_every: float
     progress: bool
     dry_run: bool
+    plan: Section
     model: Section
     method: Section
     reward: Section
@@ -74,6 +76,22 @@ class Run:
             raise ConfigError(f"micro_batch is {self.micro_batch}: it must be 1 or more")
         if not 0 < self.checkpoint_every <= 1:
             raise ConfigError(f"checkpoint_every is {self.checkpoint_every}: a fraction of the budget in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``dry_run`` assumes about the machine: processes, FLOP/s of each, bytes of its device."""
+
+    processes: int | None
+    flops_per_second: float | None
+    memory: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("processes", self.processes), ("flops_per_second", self.flops_per_second)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"plan.{name} is {value:g}: it must be positive, or null")
+        if self.memory <= 0:
+            raise ConfigError(f"plan.memory is {self.memory:g}: it must be positive, in bytes")
 
 
 @dataclass(frozen=True)

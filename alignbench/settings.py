@@ -27,6 +27,11 @@ def construct(target: Callable[..., T], settings: Mapping[str, Any], where: str,
     Raises:
         ConfigError: a setting that the target does not have, one that it lacks, or a value of another type.
     """
+    return target(**arguments(target, settings, where, **more))
+
+
+def arguments(target: Callable[..., Any], settings: Mapping[str, Any], where: str, **more: Any) -> dict[str, Any]:
+    """What ``construct`` calls the target with; errors as there."""
     parameters = _parameters(target)
     known = [name for name in parameters if name not in more]
     unknown = [name for name in settings if name not in known]
@@ -40,7 +45,7 @@ def construct(target: Callable[..., T], settings: Mapping[str, Any], where: str,
             given[name] = checked(settings[name], parameter.annotation, key)
         elif name not in given and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ConfigError(f"{key} is missing: it must be {wanted(parameter.annotation)}")
-    return target(**dict(settings) | given)
+    return dict(settings) | given
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -1,6 +1,7 @@
 """The rollout and reward stack: the only way to a model call or a reward call, so that nothing is uncounted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,11 +45,24 @@ class MicroBatch:
     Args:
         size: rows of one call to begin with; it stays in ``largest``, the same on every process.
         ledger: takes back what a failed attempt was charged.
+
+    Attributes:
+        between: called before each call; what it raises ends the work.
     """
 
     def __init__(self, size: int, ledger: Ledger) -> None:
         self.size = self.largest = size
         self.ledger = ledger
+        self.between: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def interrupted_by(self, between: Callable[[], None]) -> Iterator[None]:
+        """Call ``between`` before each call made inside."""
+        outer, self.between = self.between, between
+        try:
+            yield
+        finally:
+            self.between = outer
 
     def halve(self) -> None:
         """Make the next calls half as large."""
@@ -61,6 +75,7 @@ class MicroBatch:
         results: list[T] = []
         start = 0
         while start < n:
+            self.between()
             rows = range(start, min(n, start + self.size))
             try:
                 with self.ledger.attempt():

@@ -44,7 +44,7 @@ def optimizer_step(
     if not torch.isfinite(torch.tensor(norm)):
         raise AlignbenchError(
             f"the gradient's norm is {norm}: the run has diverged. A lower method.optimizer.lr or float32 "
-            "(model.dtype=float32) usually helps; the last checkpoint holds the weights before"
+            "(model.policy.dtype=float32) usually helps; the last checkpoint holds the weights before"
         )
     optimizer.step()
     return {name: value / update.denominator for name, value in sums.items()} | {"gradient_norm": norm}, largest

@@ -4,11 +4,12 @@ Every method gets the same number of trials, of the same budget, drawn from its 
 hypercube: each level of each knob is tried equally often, up to rounding. A second round may run the best of them again
 under another experiment, with a larger budget (one step of successive halving, Jamieson & Talwalkar 2016, arXiv
 1502.07943): what gains early is not always what gains most. Trials are ordinary runs, so finished ones are
-skipped and interrupted ones continue. The trials are scored on prompts that evaluation never uses. What came out is
-written beside the space: ``trials.md`` and ``trials.png``.
+skipped, interrupted ones continue, and those that another process is at are left to it. The trials are scored on
+prompts that evaluation never uses. What came out is written beside the space: ``trials.md`` and ``trials.png``.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -132,22 +133,24 @@ def summarise(space: Space, methods: Sequence[str], results: Path, output: Path)
     print(f"{output / 'trials.md'}, {output / 'trials.png'}")
 
 
-def carry_out(space: Space, trials: Sequence[tuple[str, str, Mapping[str, Any]]], results: Path, jobs: int) -> int:
-    """Run trials (experiment, method, setting), some at a time; returns how many failed."""
+def carry_out(
+    space: Space, trials: Sequence[tuple[str, str, Mapping[str, Any]]], results: Path, jobs: int
+) -> list[int]:
+    """Run trials (experiment, method, setting), some at a time; returns their exit statuses."""
 
-    def run(number: int) -> bool:
+    def run(number: int) -> int:
         experiment, method, setting = trials[number]
         command = space.command(experiment, method, setting, results)
         ended = subprocess.run(command, capture_output=True, text=True)
-        done = ended.returncode == 0
         shown = ", ".join(f"{knob.rsplit('.', 1)[-1]}={level}" for knob, level in setting.items())
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"{experiment} [{number + 1}/{len(trials)}] {method}: {shown}: {'done' if done else last}", flush=True)
-        return done
+        told = {0: "done", os.EX_TEMPFAIL: "left to another process"}.get(ended.returncode, last)
+        print(f"{experiment} [{number + 1}/{len(trials)}] {method}: {shown}: {told}", flush=True)
+        return ended.returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            return list(pool.map(run, range(len(trials)))).count(False)
+            return list(pool.map(run, range(len(trials))))
         except KeyboardInterrupt:  # the trials get it too and save themselves
             pool.shutdown(cancel_futures=True)
             raise
@@ -172,14 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlignbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = 0
+    ended: list[int] = []
     if not options.summary:
         trials = [
             (space.experiment, method, designs[method][trial]) for trial in range(space.trials) for method in methods
         ]
         try:
-            failed = carry_out(space, trials, options.results, options.jobs)
-            if space.second is not None:
+            ended += carry_out(space, trials, options.results, options.jobs)
+            if space.second is not None and os.EX_TEMPFAIL not in ended:
                 _, second = found(space, methods, options.results)
                 again = [
                     (space.second["experiment"], method, trial.setting)
@@ -187,14 +190,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for trial in of_method
                     if trial is not None
                 ]
-                failed += carry_out(space, again, options.results, options.jobs)
+                ended += carry_out(space, again, options.results, options.jobs)
         except KeyboardInterrupt:
             print("stopped; the same command continues")
             return 130
     summarise(space, methods, options.results, options.space.parent)
+    left = ended.count(os.EX_TEMPFAIL)
+    failed = len(ended) - ended.count(0) - left
     if failed:
         print(f"{failed} trials failed; the same command tries them again")
-    return 1 if failed else 0
+    if left:
+        print(f"{left} trials are left to another process; the same command goes on when they have ended")
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from tests.tiny import tiny_sd3
+from tests.tiny import FAMILIES, tiny_sd3
 
 CONF = Path(__file__).parent.parent / "conf"
 Compose = Callable[..., DictConfig]
@@ -18,6 +18,37 @@ Compose = Callable[..., DictConfig]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 pipeline of one-layer components, 16 x 16 pixels, without T5."""
     return tiny_sd3(tmp_path_factory.mktemp("checkpoints") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved pipeline for each model of conf/model but the embedded one: one-layer components, 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {model: build(folder / model) for model, build in FAMILIES.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an open_clip model of 32 x 32 pixels."""
+    from tests import tiny_rewards  # imports open_clip, which takes a second
+
+    return tiny_rewards.tiny_clip(tmp_path_factory.mktemp("open_clip") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pickscore(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random CLIPModel of 32 x 32 pixels and its processor, as PickScore takes them."""
+    from tests import tiny_rewards
+
+    return tiny_rewards.tiny_pickscore(tmp_path_factory.mktemp("pickscore"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Mask2Former of COCO's 80 classes, some of them with confidence."""
+    from tests import tiny_rewards
+
+    return tiny_rewards.tiny_mask2former(tmp_path_factory.mktemp("mask2former"))
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""The examples of CONTRIBUTING.md run as they stand there."""
+"""The examples of CONTRIBUTING.md and of docs/your_method.md run as they stand there."""
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +18,15 @@ from omegaconf import DictConfig
 
 import alignbench.methods
 import alignbench.rewards
+from alignbench.report.page import build
 from alignbench.run import run
 from tests.conftest import CONF, Compose
 
+ROOT = CONF.parent
 BLOCK = re.compile(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXAMPLES = {
-    path: text for path, text in BLOCK.findall((CONF.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-}  # fmt: skip
+GUIDE, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "docs/your_method.md"))
+EXAMPLES = dict(BLOCK.findall(GUIDE) + BLOCK.findall(PAGE))
+SMALL = ("evaluation.curve.images_per_tag=2", "evaluation.final.images_per_tag=2", "evaluation.published=false")
 
 
 @pytest.fixture
@@ -76,6 +80,7 @@ def test_there_is_an_example_of_everything() -> None:
         "alignbench/rewards/colourfulness.py",
         "conf/method/advantage_weighted.yaml",
         "conf/model/my_sd3.yaml",
+        "conf/overlay/shapes_advantage_weighted.yaml",
         "conf/reward/colourfulness.yaml",
     ]
 
@@ -89,6 +94,37 @@ def test_the_method_trains(composed: Callable[..., DictConfig]) -> None:
     spent = second["ledger"]
     # 2 iterations of 2 prompts x 4 images: 3 passes each to sample, 1 to learn from
     assert (spent["nfe"], spent["backward"], spent["images"]) == (2 * 8 * (3 + 1), 2 * 8, 2 * 8)  # type: ignore[index]
+
+
+def test_the_method_stands_in_the_report_beside_another(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    for method in ("advantage_weighted", "diffusion_nft"):
+        folder = run(composed(f"method={method}"))
+    build([folder.parents[4]], tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r"<t[dh][^>]*>\s*advantage_weighted", page)
+    assert re.search(r"<t[dh][^>]*>\s*diffusion_nft", page)
+
+
+@pytest.mark.soak
+def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
+    """Literally, in a checkout with the three files, but for the size of the evaluations, the budget and the seeds."""
+    folder = tmp_path / "checkout"
+    for part in ("alignbench", "conf", "docs", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name, text in BLOCK.findall(PAGE):
+        (folder / name).write_text(text, encoding="utf-8")
+    index = folder / "docs" / "methods" / "README.md"
+    index.write_text(index.read_text(encoding="utf-8") + "\n| `advantage_weighted` | its row |\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            words = [sys.executable, *(["-m", "pytest"] if line.startswith("pytest") else []), *line.split()[1:]]
+            if "alignbench" in words:
+                words = [word.replace("2e12", "2e11").replace("seed=0,1,2", "seed=0") for word in words] + [*SMALL]
+            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (line, done.stdout, done.stderr)
+    assert (folder / "results" / "mine" / "report" / "index.html").exists()
 
 
 @pytest.mark.usefixtures("checkout")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from PIL import Image
@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from alignbench import assembly
 from alignbench.errors import AlignbenchError, CheckpointError, ConfigError, DataError, RecordError
 from alignbench.evaluate import evaluate
+from alignbench.policies.flux import pack
 from alignbench.policies.lora import read_lora
 from alignbench.report.data import load
 from alignbench.report.page import build
 from alignbench.run import run
+from alignbench.seeding import seed_of
 from tests.conftest import CONF, Compose
 from tests.tiny import tiny_sd3
 
@@ -164,6 +166,74 @@ def test_loras_of_others_make_the_images_that_diffusers_makes(
         ).sample
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, base, atol=1e-2)
+
+
+def lora_of_diffusers(model: str, checkpoint: Path, folder: Path) -> None:
+    """A LoRA that PEFT made and the pipeline saved: it changes queries and values by a scale of 5 / 3."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    part = "transformer" if model == "flux_dev" else "unet"
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    getattr(pipe, part).add_adapter(config)
+    layers = get_peft_model_state_dict(getattr(pipe, part))
+    saved = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config.to_dict()}
+    type(pipe).save_lora_weights(folder, **saved)
+
+
+def lora_of_a_run(policy: Any, folder: Path) -> None:
+    """What a run exports, with weights that make a difference."""
+    policy.add_view("evaluation")
+    for name, tensor in policy.weights.tensors("evaluation").items():
+        if name.endswith("lora_B"):
+            tensor.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    policy.export(folder)
+
+
+@pytest.mark.parametrize("origin", ["diffusers", "a run"])
+@pytest.mark.parametrize("model", ["flux_dev", "sdxl", "sd15"])
+def test_a_lora_of_every_family_gets_the_score_of_the_images_that_its_pipeline_makes(
+    evaluating: Compose, checkpoints: dict[str, Path], tmp_path: Path, model: str, origin: str
+) -> None:
+    flux = model == "flux_dev"
+    overrides = (
+        *(f"model={model}", f"model.policy.source={checkpoints[model]}", "model.policy.resolution=16"),
+        *("model.policy.dtype=float32", "evaluation.final.guidance=[1.0]"),
+        *(("model.policy.max_sequence_length=12",) if flux else ()),
+    )
+    config = evaluating(f"lora={tmp_path / 'lora'}", "label=theirs", run_overrides=overrides)
+    with open_dict(config):
+        config.reward.parts.red.photo = config.reward.parts.red.shapes
+    policy: Any = assembly.pretrained(config, assembly.launched(config))
+    if origin == "diffusers":
+        lora_of_diffusers(model, checkpoints[model], tmp_path / "lora")
+    else:
+        lora_of_a_run(policy, tmp_path / "lora")
+    rows = final_rows(evaluate(config))
+
+    pipe = DiffusionPipeline.from_pretrained(checkpoints[model])
+    pipe.set_progress_bar_config(disable=True)
+    texts = [(f"prompts/{number:05d}", text) for number, text in enumerate(("ab", "cd", "ef", "gh")) for _ in range(2)]
+    noise = policy.noise([seed_of("evaluation noise", key, row % 2) for row, (key, _) in enumerate(texts)])
+    more = {"guidance_scale": 3.5, "max_sequence_length": 12} if flux else {"guidance_scale": 1.0}
+    for weights in ("base", "evaluation"):
+        if weights == "evaluation":
+            pipe.load_lora_weights(tmp_path / "lora")
+        images = pipe(
+            [text for _, text in texts],
+            latents=pack(noise) if flux else noise.clone(),
+            num_inference_steps=2,
+            height=16,
+            width=16,
+            output_type="pt",
+            **more,
+        ).images
+        red = ((images * 255).round() / 255)[:, 0].mean()
+        assert rows[weights, 1.0]["metrics"]["reward"] == pytest.approx(float(red), abs=1e-4), weights
+    rewards = [rows[weights, 1.0]["metrics"]["reward"] for weights in ("base", "evaluation")]
+    assert abs(rewards[0] - rewards[1]) > 1e-3
+    assert rows["evaluation", 1.0]["metrics"]["drift"] > 0
 
 
 def test_alphas_beside_the_matrices_and_in_a_peft_folder_scale_them(tmp_path: Path) -> None:

@@ -8,53 +8,60 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from alignbench.processes import Processes
+from tests import iterations
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def launched(folder: Path, processes: int, method: str, micro_batch: int) -> dict[str, torch.Tensor]:
-    """Weights and optimizer moments after two iterations in float64, from the command line."""
-    arguments = [
-        f"method={method}",
-        "overlay=none",
-        "method.batch.prompts=3",
-        "method.batch.images=5",
-        "method.batch.updates=1",
-        "method.rollout.steps=3",
-        f"results={folder}",
-        f"micro_batch={micro_batch}",
-        "model.policy.dtype=float64",
-        "budget.flops=null",
-        "budget.iterations=2",
-        "evaluation.fractions=[0,1]",
-        "evaluation.curve.images_per_tag=1",
-        "evaluation.final.images_per_tag=1",
-        "evaluation.published=false",
-        "device=cpu",
-        "progress=false",
-    ]
-    command = [sys.executable, *(LAUNCHER if processes > 1 else []), "-m", "alignbench", *arguments]
-    subprocess.run(command, check=True, timeout=600, capture_output=True, env=ENVIRONMENT)
-    (checkpoint,) = folder.rglob("step_2")
-    return load_file(checkpoint / "policy.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+@pytest.fixture(scope="module")
+def launched(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes wrote what every kind of method ended with, in micro-batches of 3."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, *LAUNCHER, "-m", "tests.iterations", str(tiny_checkpoint), str(folder)]
+    subprocess.run(command, check=True, timeout=900, capture_output=True, env=ENVIRONMENT)
+    return folder
 
 
-def test_two_processes_and_uneven_micro_batches_give_the_same_gradients_and_weights(tmp_path: Path) -> None:
-    for method in ("diffusion_nft", "flow_grpo"):
-        one = launched(tmp_path / f"{method}1", 1, method, micro_batch=64)
-        two = launched(tmp_path / f"{method}2", 2, method, micro_batch=7)
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
-        moved = [name for name in one if name.endswith("exp_avg") and one[name].abs().max() > 0]
-        assert moved
+def close(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether two rows hold the same: numbers within the tolerance, counts exactly."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key], tolerance) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected, [tolerance] * len(expected)))
+    return bool(found == (pytest.approx(expected, rel=0, abs=tolerance) if isinstance(expected, float) else expected))
+
+
+@pytest.mark.parametrize("kind", iterations.KINDS)
+def test_two_processes_and_uneven_micro_batches_give_the_same_weights_and_rows(
+    launched: Path, tiny_checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    one, rows = iterations.iterated(kind, tiny_checkpoint, tmp_path, 64, Processes("cpu"))
+    two = load_file(launched / f"{kind}.safetensors")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
+    assert close(json.loads((launched / f"{kind}.json").read_text()), rows, 1e-9)
+    moved = [name for name in one if name.endswith("exp_avg") and one[name].abs().max() > 0]
+    assert moved
+    assert rows[1]["ledger"]["backward"] > rows[0]["ledger"]["backward"] > 0
+
+
+def test_two_processes_evaluate_each_image_once(launched: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """5 images by 2 processes, in micro-batches of 3."""
+    one = iterations.evaluated(tiny_checkpoint, tmp_path, 64, Processes("cpu"))
+    two = json.loads((launched / "evaluation.json").read_text())
+    assert two.pop("processes") == 2
+    assert close(two, one, 1e-4)  # the embedded PickScore computes in float32
+    assert {name: len(values) for name, values in two["scores"]["metrics"].items()} == {"reward": 5, "pickscore": 5}
+    assert (two["cost"]["images"], two["cost"]["reward_calls"]) == (5, 2 * 5)
 
 
 @pytest.fixture

@@ -229,6 +229,43 @@ def test_a_signal_within_an_evaluation_stops_it_and_the_run_continues(
         assert numbers(run(config)) == uninterrupted, f"stopped in evaluation {stop}"
 
 
+def test_a_signal_within_a_rollout_throws_it_away_and_the_run_continues(
+    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 images in micro-batches of 3, 3 passes each; the signal comes with the first micro-batch of iteration 3."""
+    settings = (f"budget.iterations={ITERATIONS}", "checkpoint_every=1", "micro_batch=3", "method=flow_grpo")
+    uninterrupted = numbers(run(tiny_run(*settings, f"results={tmp_path / 'whole'}")))
+    iterate, decode = Loop.iterate, StableDiffusion3Policy.decode
+    iteration, decoded = 0, 0
+
+    def counted(self: Loop) -> dict[str, Any]:
+        nonlocal iteration
+        iteration += 1
+        return iterate(self)
+
+    def interrupting(self: StableDiffusion3Policy, latents: torch.Tensor) -> torch.Tensor:
+        nonlocal decoded
+        if iteration == 3:
+            decoded += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(self, latents)
+
+    config = tiny_run(*settings, f"results={tmp_path / 'stopped'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "iterate", counted)
+        patch.setattr(StableDiffusion3Policy, "decode", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert decoded == 1  # of three micro-batches
+    (status,) = (tmp_path / "stopped").rglob("status.json")
+    stopped = json.loads(status.read_text())
+    assert (stopped["status"], stopped["volatile"]["wasted_nfe"]) == ("interrupted", 3 * 3)
+    assert (status.parent / "checkpoints" / "step_2" / "COMPLETE").exists()
+    assert numbers(run(config)) == uninterrupted
+    wasted = json.loads(status.read_text())["volatile"]["wasted_nfe"]
+    assert wasted == 3 * 3 + DRIFT_SAMPLES * 10  # which a new attempt draws again
+
+
 def test_ctrl_c_stops_cleanly_and_continues(
     tiny_run: Compose, tmp_path: Path, uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

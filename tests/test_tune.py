@@ -1,6 +1,8 @@
 """Equal tuning: the design is balanced, trials are found again in the records, and what is read from them is right."""
 
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -69,6 +71,26 @@ def test_a_trial_is_an_ordinary_run(tmp_path: Path) -> None:
         "experiment=first", "method=flow_grpo", "reward=geneval", f"results={tmp_path}", "progress=false",
         "method.optimizer.lr=0.001", "method.k=null",
     ]  # fmt: skip
+
+
+def test_a_failed_trial_stops_no_other_and_one_that_another_process_is_at_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endings = iter([(0, ""), (os.EX_TEMPFAIL, "being written by process 12"), (1, "diverged"), (0, "")])
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        status, message = next(endings)
+        return subprocess.CompletedProcess(command, status, stderr=message)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    space = str(written(tmp_path, trials=4))
+    assert tune.main([space, "--methods", "flow_grpo", "--results", str(tmp_path)]) == 1
+    told = [line.rsplit(": ", 1)[-1] for line in capsys.readouterr().out.splitlines()]
+    assert told[:4] == ["done", "left to another process", "diverged", "done"]
+    assert told[-2:] == [
+        "1 trials failed; the same command tries them again",
+        "1 trials are left to another process; the same command goes on when they have ended",
+    ]
 
 
 def trial(gain: float | None, **setting: Any) -> tuning.Trial:

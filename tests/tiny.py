@@ -1,5 +1,7 @@
 """Real pipelines with one-layer components and random weights, built on the spot."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -198,6 +200,14 @@ def tiny_sdxl(folder: Path, *, seed: int = 0, force_zeros_for_empty_prompt: bool
     ).save_pretrained(folder)
     return folder
 
+
+# Saves a pipeline of the family of each model in conf/model, but the embedded one.
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "flux_dev": tiny_flux,
+    "sd15": tiny_sd15,
+    "sd35_medium": partial(tiny_sd3, t5=True, dual_attention=True),
+    "sdxl": tiny_sdxl,
+}
 
 # The schedule of Stable Diffusion 1.5 and XL.
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

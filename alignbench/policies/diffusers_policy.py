@@ -80,7 +80,7 @@ class DiffusersPolicy(Policy):
         _store_frozen(self.vae, vae_dtype)
         for name, module in modules.items():
             if not (offload_text_encoders and name in self.text_encoders):
-                module.to(device)
+                _move(module, device)
         self.lora_scale = alpha / rank
         self.weights = Weights(self.denoiser, base_is_reference=trainable == "lora")
         if gradient_checkpointing:
@@ -115,14 +115,14 @@ class DiffusersPolicy(Policy):
         encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
         encoders = [encoder for encoder in encoders if encoder is not None]
         for encoder in encoders:
-            encoder.to(self.device)
+            _move(encoder, self.device)
         self._encoders_ready = True
         try:
             yield
         finally:
             self._encoders_ready = False
             for encoder in encoders:
-                encoder.to("cpu")
+                _move(encoder, torch.device("cpu"))
 
     def unconditional(self) -> Condition:
         """What guidance contrasts a text with, one row: the empty text."""
@@ -224,6 +224,14 @@ class DiffusersPolicy(Policy):
 
     # Weights
 
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the models that stay on the device, by component of the pipeline."""
+        return {
+            name: sum(each.numel() * each.element_size() for each in [*module.parameters(), *module.buffers()])
+            for name, module in self.pipeline.components.items()
+            if isinstance(module, nn.Module) and not (self.offload_text_encoders and name in self.text_encoders)
+        }
+
     def export(self, folder: Path | str, view: str = "evaluation") -> None:
         """Writes a view for diffusers.
 
@@ -306,6 +314,12 @@ def _parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Moves a module that is elsewhere; tensors without memory cannot be moved, and need not be."""
+    if next(module.parameters()).device != device:
+        module.to(device)
 
 
 def _use_double_norms(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
+from alignbench.hub import refusal
 from alignbench.policies.policy import Policy
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
@@ -152,8 +153,7 @@ def _file(source: str) -> Path:
         try:
             path = Path(snapshot_download(source, allow_patterns=["*.safetensors", PEFT_CONFIG]))
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{expected}: nothing there, and the hub gave nothing ({reason})") from error
+            raise CheckpointError(f"{expected}: nothing there, and the hub gave nothing ({refusal(error)})") from error
     files = [path / name for name in FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise CheckpointError(

@@ -13,10 +13,16 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import BatchEncoding
 
 from alignbench.errors import CheckpointError, ConfigError
+from alignbench.hub import refusal
 
 Weights = Literal["pretrained", "random"]
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # whole; CLIP's before its merges; T5's
+ARCHITECTURES = Path(__file__).parent / "architectures"  # configurations of published checkpoints, by hub id
 
 
 def load_pipeline(
@@ -47,7 +53,9 @@ def load_pipeline(
 
 
 def local_folder(source: str | Path, revision: str | None, pipeline_class: Any, *, weights: Weights) -> Path:
-    """The folder itself, or the local copy of a hub checkpoint: of its configurations alone for random weights.
+    """The folder itself, or the local copy of a hub checkpoint.
+
+    Random weights need its configurations alone; those of some published checkpoints are in the package.
 
     Raises:
         CheckpointError: it is neither a folder nor a hub id, or the hub gives nothing.
@@ -57,14 +65,17 @@ def local_folder(source: str | Path, revision: str | None, pipeline_class: Any, 
     expected = f"expected a folder saved with save_pretrained or a hub id owner/name, got {str(source)!r}"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise CheckpointError(f"{expected}, and there is no such folder")
+    if weights == "random" and revision is None and (ARCHITECTURES / source).is_dir():
+        return ARCHITECTURES / source
     try:
         if weights == "random":
             texts = ["*.json", "*.txt", "*.model"]
             return Path(snapshot_download(str(source), revision=revision, allow_patterns=texts))
         return Path(pipeline_class.download(str(source), revision=revision))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{expected}: there is no such folder, and the hub gave nothing ({reason})") from error
+        raise CheckpointError(
+            f"{expected}: there is no such folder, and the hub gave nothing ({refusal(error)})"
+        ) from error
 
 
 def read_index(folder: Path, pipeline: str, model: str) -> dict[str, Any]:
@@ -110,9 +121,25 @@ def check_components(
             allowed = f"only {' and '.join(optional)} may be absent" if optional else "none may be absent"
             raise CheckpointError(f"{folder / 'model_index.json'} has no {component}; {allowed}")
         shapes = _safetensors_shapes(folder / component)
+        config = read_json(folder / component / "config.json", "it says how the weights are to be read")
         if component in models:
-            config = read_json(folder / component / "config.json", "it says how the weights are to be read")
             _check_shapes(folder / component, models[component], config, shapes)
+    for name, value in index.items():
+        if name.startswith("tokenizer") and isinstance(value, list) and value[1] is not None:
+            _check_tokenizer(folder / name)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Check that a tokenizer has its vocabulary: transformers makes one that reads nothing where it is missing."""
+    read_json(folder / "tokenizer_config.json", "it says how texts are split")
+    files = [folder / name for name in VOCABULARIES if (folder / name).exists()]
+    if not files:
+        raise CheckpointError(
+            f"{folder} has no vocabulary, expected {' or '.join(VOCABULARIES)}; save or download the checkpoint again"
+        )
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path, "it holds the vocabulary")
 
 
 def check_flow_scheduler(folder: Path, *, dynamic_shift: bool) -> None:
@@ -174,7 +201,9 @@ def _random_pipeline(folder: Path, pipeline_class: Any, index: Mapping[str, Any]
             continue
         component = getattr(import_module(library), class_name)
         if not issubclass(component, nn.Module):
-            components[name] = component.from_pretrained(folder / name)
+            with unset_fake_temporarily():  # schedulers read values of their tensors
+                there = (folder / name).is_dir()
+                components[name] = component.from_pretrained(folder / name) if there else BlankTokenizer()
             continue
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtypes.get(name, dtypes["default"]))  # half the memory from the start
@@ -186,6 +215,24 @@ def _random_pipeline(folder: Path, pipeline_class: Any, index: Mapping[str, Any]
         finally:
             torch.set_default_dtype(previous)
     return pipeline_class(**components)
+
+
+class BlankTokenizer:
+    """Stands in for a tokenizer whose vocabulary is not there: every text is padding, of the length that is asked for.
+
+    Enough for random weights, which read nothing into a text.
+    """
+
+    model_max_length = 77  # of CLIP; callers of T5 give theirs
+
+    def __call__(self, text: str | list[str], *, max_length: int = 1, **options: Any) -> BatchEncoding:
+        """Token ids ``[texts, max_length]``, as the tokenizers of transformers return them."""
+        shape = (1 if isinstance(text, str) else len(text), max_length)
+        return BatchEncoding({"input_ids": torch.zeros(shape, dtype=torch.long)})
+
+    def tokenize(self, text: str) -> list[str]:
+        """No tokens, so none that stands for a learnt embedding."""
+        return []
 
 
 def _check_shapes(folder: Path, model_class: Any, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:

@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from alignbench.errors import CheckpointError, ConfigError
 
@@ -57,7 +58,8 @@ def add_lora(
     Args:
         targets: path suffixes of whole components: ``attn.to_q`` hits ``blocks.0.attn.to_q``, not
             ``blocks.0.attn2.to_q``.
-        rank, alpha: of the update, whose scale is ``alpha / rank``.
+        rank: of the update.
+        alpha: the update's scale is ``alpha / rank``.
         seed: of the initial A, drawn on the CPU in module order.
 
     Returns:
@@ -235,7 +237,10 @@ class Weights:
 
     def _check_memory(self, name: str) -> None:
         needed = sum(parameter.numel() * parameter.element_size() for parameter in self.current.values())
-        device = next(iter(self.current.values())).device
+        first = next(iter(self.current.values()))
+        if isinstance(first, FakeTensor):  # an architecture without weights takes no memory
+            return
+        device = first.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
             raise ConfigError(

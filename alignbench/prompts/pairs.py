@@ -49,7 +49,7 @@ class PairFolder:
         if path is None:
             raise ConfigError(
                 "pairs=dataset needs method.algorithm.dataset.path=FOLDER, a folder with Pick-a-Pic's columns "
-                "(docs/methods/preference.md)"
+                "(docs/methods/sdpo.md)"
             )
         for name, value in (("count", count), ("resolution", resolution)):
             if value is not None and value < 1:

@@ -5,6 +5,8 @@ A pure function of the run directories: no model, no network, no clock, so the s
     data        run directories -> typed runs; whatever is odd about them is written down, not dropped
     statistics  intervals over runs, area under a curve, time to a target
     curves      step-efficiency figures (matplotlib -> SVG and PNG)
+    interactive the same figures as plotly.js draws them in the page
+    answer      the first screen: which method, and what it breaks
     tables      headline, efficiency, GenEval by tag, cost (-> HTML, CSV, Markdown)
     provenance  runs, protocols, settings, environments, and what differs that should not
     gallery     sample grids, embedded

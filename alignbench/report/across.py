@@ -42,13 +42,17 @@ def final_scores(runs: Sequence[TrainingRun]) -> dict[int, float]:
     return {seed: row.metrics["reward"] for seed, row in finals.items() if row and "reward" in row.metrics}
 
 
-def normalised(run: TrainingRun, score: float, base: float, metric: str) -> float:
-    """0 at the base model, 1 at the constant that the task states; NaN where it states none or the base is there."""
-    constants = run.run.get("normalisation")
-    top = constants.get(metric) if isinstance(constants, Mapping) else None
-    if not isinstance(top, int | float) or top == base:
-        return math.nan
-    return (score - base) / (top - base)
+def constant(run: TrainingRun) -> tuple[str, float]:
+    """(metric, score that counts as 1) of the run's task, the first by name; ("", NaN) where it states none."""
+    stated = run.run.get("normalisation")
+    metric = min(stated, default="") if isinstance(stated, Mapping) else ""
+    top = stated[metric] if isinstance(stated, Mapping) and metric else None
+    return (run.measured(metric), float(top)) if isinstance(top, int | float) else ("", math.nan)
+
+
+def normalised(score: float, base: float, top: float) -> float:
+    """0 at the base model, 1 at the constant `top`; NaN where the base is there."""
+    return (score - base) / (top - base) if top != base else math.nan
 
 
 def _normalised_finals(runs: Sequence[TrainingRun]) -> list[float]:
@@ -56,9 +60,9 @@ def _normalised_finals(runs: Sequence[TrainingRun]) -> list[float]:
     for run in runs:
         final = run.final(run.final_hash, run.curve_guidance)
         base = run.base(run.final_hash, run.curve_guidance)
-        metric = min(run.run.get("normalisation") or {}, default="")
+        metric, top = constant(run)
         if final and base and metric in final.metrics and metric in base.metrics:
-            values.append(normalised(run, final.metrics[metric], base.metrics[metric], metric))
+            values.append(normalised(final.metrics[metric], base.metrics[metric], top))
     return [value for value in values if math.isfinite(value)]
 
 
@@ -66,10 +70,10 @@ def _normalised_areas(runs: Sequence[TrainingRun]) -> list[float]:
     values = []
     for run in runs:
         axis, budget = run.budget()
-        metric = min(run.run.get("normalisation") or {}, default="")
+        metric, top = constant(run)
         x, y = run.curve(metric, axis)
         if run.finished and len(x) > 1:
-            values.append(normalised(run, mean_over_budget(x, y, budget), float(y[0]), metric))
+            values.append(normalised(mean_over_budget(x, y, budget), float(y[0]), top))
     return [value for value in values if math.isfinite(value)]
 
 

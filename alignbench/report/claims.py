@@ -209,10 +209,11 @@ def _measured(
 ) -> Finding:
     if measure.quantity == "speed_up":
         return _race(claim, measure, setting, first, second, target)
+    title = title_of(first[0].measured(measure.metric))
     if measure.quantity == "gain":
         pairs = [(_final(run, measure.metric), _base(run, measure.metric)) for run in first]
         interval = t_interval([final - base for final, base in pairs if not math.isnan(final - base)])
-        what = f"{title_of(measure.metric)}, final minus base"
+        what = f"{title}, final minus base"
     elif measure.quantity == "training":
         interval = t_interval([run.late[measure.metric] for run in first if measure.metric in run.late])
         what = f"{measure.metric} over the last tenth of training"
@@ -222,12 +223,12 @@ def _measured(
             [score for run in runs if not math.isnan(score := value(run, measure.metric))] for runs in (first, second)
         )
         if not a or not b:
-            return Finding(claim, "inconclusive", setting, f"{title_of(measure.metric)} was not measured")
+            return Finding(claim, "inconclusive", setting, f"{title} was not measured")
         interval = welch_difference(a, b)
         kind = "final" if measure.quantity == "difference" else "mean over the budget"
-        what = f"{title_of(measure.metric)}, {kind}, {measure.method} minus {measure.against}"
+        what = f"{title}, {kind}, {measure.method} minus {measure.against}"
     if not interval.n:
-        return Finding(claim, "inconclusive", setting, f"{title_of(measure.metric)} was not measured")
+        return Finding(claim, "inconclusive", setting, f"{title} was not measured")
     limits = "" if math.isnan(interval.low) else f" [{number(interval.low, True)}, {number(interval.high, True)}]"
     text = f"{what}: {number(interval.mean, True)}{limits}"
     return Finding(claim, judge(interval, claim.threshold, claim.above), setting, text, interval)
@@ -261,17 +262,17 @@ def _race(
 
 def _final(run: TrainingRun, metric: str) -> float:
     row = run.final(run.final_hash, run.curve_guidance)
-    return row.metrics.get(metric, math.nan) if row else math.nan
+    return row.metrics.get(run.measured(metric), math.nan) if row else math.nan
 
 
 def _base(run: TrainingRun, metric: str) -> float:
     row = run.base(run.final_hash, run.curve_guidance)
-    return row.metrics.get(metric, math.nan) if row else math.nan
+    return row.metrics.get(run.measured(metric), math.nan) if row else math.nan
 
 
 def _area(run: TrainingRun, metric: str) -> float:
     axis, budget = run.budget()
-    x, y = run.curve(metric, axis)
+    x, y = run.curve(run.measured(metric), axis)
     return mean_over_budget(x, y, budget) if len(x) > 1 else math.nan
 
 

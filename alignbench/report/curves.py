@@ -87,13 +87,22 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One run: its scores against their cost, each [evaluations]."""
+
+    seed: int
+    x: Array
+    y: Array
+
+
+@dataclass(frozen=True)
 class Curve:
     """Everything one figure shows about one method."""
 
     label: str
     band: Band | None
-    finished: tuple[tuple[Array, Array], ...]
-    unfinished: tuple[tuple[Array, Array], ...]
+    finished: tuple[Line, ...]
+    unfinished: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
@@ -137,16 +146,16 @@ def band(curves: Sequence[tuple[Array, Array]]) -> Band | None:
 def plot(name: str, title: str, metric: str, axis: Axis, comparison: Comparison) -> Plot | None:
     """Collect one figure's numbers; None where no run has two points to connect."""
 
-    def lines(runs: list[TrainingRun], finished: bool) -> tuple[tuple[Array, Array], ...]:
-        found = (run.curve(metric, axis.key) for run in runs if run.finished is finished)
-        return tuple((x, y) for x, y in found if len(x) > 1)
+    def lines(runs: list[TrainingRun], finished: bool) -> tuple[Line, ...]:
+        found = (Line(run.seed, *run.curve(metric, axis.key)) for run in runs if run.finished is finished)
+        return tuple(line for line in found if len(line.x) > 1)
 
     curves = []
     for label in comparison.labels:
         runs = comparison.of(label)
         finished, unfinished = lines(runs, True), lines(runs, False)
         if finished or unfinished:
-            curves.append(Curve(label, band(finished), finished, unfinished))
+            curves.append(Curve(label, band([(line.x, line.y) for line in finished]), finished, unfinished))
     if not curves:
         return None
     return Plot(name, title, metric, axis, tuple(curves), base_lines(comparison, metric))
@@ -211,10 +220,16 @@ def head(figure: Figure, title: str, handles: Sequence[Line2D], columns: int) ->
     )  # fmt: skip
 
 
+def joined(lines: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Several lines as one, with a gap of NaN behind each: an artist a method instead of one a run."""
+    x, y = (np.concatenate([np.append(line[side], np.nan) for line in lines]) for side in (0, 1))
+    return x, y
+
+
 def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
     """The figure, in the colours of a white page."""
     drawn = [line for curve in plot.curves for line in (*curve.finished, *curve.unfinished)]
-    scale, label = axis_scale(plot.axis, max(x[-1] for x, _ in drawn))
+    scale, label = axis_scale(plot.axis, max(line.x[-1] for line in drawn))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.3))
         columns, top = legend_room([curve.label for curve in plot.curves], extra=len(plot.base))
@@ -228,8 +243,9 @@ def draw(plot: Plot, style: Mapping[str, Style]) -> Figure:
         for curve in plot.curves:
             look = style[curve.label]
             for lines, kind, alpha in ((curve.finished, "-", 0.4), (curve.unfinished, (0, (2, 2)), 0.7)):
-                for x, y in lines:
-                    axes.plot(x / scale, y, color=look.colour, linewidth=0.75, alpha=alpha, linestyle=kind, zorder=2)
+                if lines:
+                    x, y = joined([(line.x / scale, line.y) for line in lines])
+                    axes.plot(x, y, color=look.colour, linewidth=0.75, alpha=alpha, linestyle=kind, zorder=2)
             mean = curve.band
             if mean is None:  # nothing finished: the legend still needs the method
                 handles += axes.plot(
@@ -274,8 +290,12 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def inline(svg_file: str, slots: Sequence[str] = LIGHT) -> str:
-    """The <svg> element for the page: in the page's colours (CSS variables) and font, without ids that would repeat."""
+    """The <svg> element for the page: in the page's colours (CSS variables) and font, without ids that would repeat.
+
+    Coordinates keep one decimal, a seventh of a pixel, which halves the page.
+    """
     element = svg_file[svg_file.index("<svg") :]
+    element = re.sub(r"(\d\.\d)\d+(?= )", r"\1", element).replace(" \nL ", "L")
     element = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1), count=1
     )

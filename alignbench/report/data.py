@@ -16,6 +16,7 @@ from alignbench.report.statistics import Array
 
 BASE, TRAINED = "base", "evaluation"  # the kinds of weights that are compared
 UNTUNED = " (untuned)"  # behind the name of a method that inherits its settings
+ON_PHOTOGRAPHS = {"geneval": "geneval_hf"}  # a task's metric -> its name where another detector measures it
 METHOD_PHASES = ("rollout", "training")  # the method's clock; evaluation is apart
 
 
@@ -222,6 +223,16 @@ class TrainingRun:
         )
         x, y = zip(*points, strict=True) if points else ((), ())
         return np.array(x, dtype=np.float64), np.array(y, dtype=np.float64)
+
+    @cached_property
+    def recorded(self) -> frozenset[str]:
+        """Names of all metrics in the run's evaluations."""
+        return frozenset(name for row in self.evaluations for name in row.metrics)
+
+    def measured(self, metric: str) -> str:
+        """The name under which this run recorded a metric of its task: GenEval on photographs is `geneval_hf`."""
+        other = ON_PHOTOGRAPHS.get(metric, metric)
+        return other if other in self.recorded and metric not in self.recorded else metric
 
     def budget(self) -> tuple[str, float]:
         """(axis key, amount) of the budget; the compute spent where no axis of the report limits the run."""

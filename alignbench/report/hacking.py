@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from alignbench.report.curves import LINE, MUTED, STYLE, Style, head, legend_room, short
+from alignbench.report.curves import LINE, MUTED, STYLE, Style, head, joined, legend_room, short
 from alignbench.report.data import BASE, TRAINED, Comparison, TrainingRun
 from alignbench.report.statistics import Array
 from alignbench.report.tables import title_of
 from alignbench.report.verdict import is_trained
 
-HELD_OUT = ("exact_scene", "geneval", "pickscore", "judge")
+HELD_OUT = ("exact_scene", "geneval", "geneval_hf", "pickscore", "judge")
 SIDE_EFFECTS = ("diversity", "drift")
 
 
@@ -73,13 +73,16 @@ def draw(plot: Paths, style: Mapping[str, Style]) -> Figure:
         figure = Figure(figsize=(4.4, 3.3))
         columns, top = legend_room(labels)
         axes = figure.add_axes((0.125, 0.135, 0.845, top - 0.135))
-        for each in plot.paths:
-            look = style[each.run.label]
-            dashes = "-" if each.run.finished else (0, (2, 2))
-            axes.plot(each.trained, each.other, color=look.colour, linewidth=0.9, alpha=0.75, linestyle=dashes)
-            axes.plot(each.trained[:1], each.other[:1], marker="o", markersize=4, markerfacecolor="none", color=MUTED)
+        for label in labels:
+            look, paths = style[label], [each for each in plot.paths if each.run.label == label]
+            for finished, dashes in ((True, "-"), (False, (0, (2, 2)))):
+                lines = [(each.trained, each.other) for each in paths if each.run.finished is finished]
+                if lines:
+                    axes.plot(*joined(lines), color=look.colour, linewidth=0.9, alpha=0.75, linestyle=dashes)
+            start, end = ([(each.trained[i], each.other[i]) for each in paths] for i in (0, -1))
+            axes.plot(*np.transpose(start), linestyle="", marker="o", markersize=4, markerfacecolor="none", color=MUTED)
             axes.plot(
-                each.trained[-1:], each.other[-1:], marker=look.marker, markersize=5.5, color=look.colour,
+                *np.transpose(end), linestyle="", marker=look.marker, markersize=5.5, color=look.colour,
                 markeredgewidth=0, zorder=3,
             )  # fmt: skip
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -10,7 +10,6 @@ from alignbench.report.data import TRAINED, Comparison, Evaluation, Study, Train
 from alignbench.report.statistics import Interval, last_at, paired_difference, t_interval
 from alignbench.report.tables import (
     DASH,
-    HEADLINE,
     MINUS,
     Cell,
     Column,
@@ -18,6 +17,7 @@ from alignbench.report.tables import (
     Row,
     Table,
     by_protocol,
+    headline_metrics,
     interval_cell,
     mixed_note,
     number,
@@ -42,23 +42,36 @@ def checkpoint(run: TrainingRun, share: float) -> Evaluation | None:
     return None if place is None else rows[place]
 
 
+def _pairs(runs: Sequence[TrainingRun], share: float) -> list[tuple[Evaluation, Evaluation]]:
+    """(base, last checkpoint at or before a share of the budget) of every finished run that has both."""
+    found = [(run.base(run.curve_hash, run.curve_guidance), checkpoint(run, share)) for run in runs]
+    return [(base, row) for base, row in found if base is not None and row is not None]
+
+
+def changes(runs: Sequence[TrainingRun], share: float, metric: str) -> Interval:
+    """Interval over runs of a metric's change from the base at a share of the budget; n is 0 without such runs."""
+    both = [(row.metrics[metric], base.metrics[metric]) for base, row in _pairs(runs, share) if _has(metric, base, row)]
+    values = np.array(both, dtype=np.float64).reshape(-1, 2)
+    return paired_difference(values[:, 0], values[:, 1])
+
+
 def matched(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """A table for every protocol of curves: base first, then each method at each share of the budget."""
     tables = []
     parts = by_protocol(study, lambda run: run.curve_hash)
     for key, part in parts:
-        groups, tidy = [], []
+        groups, tidy, metrics = [], [], headline_metrics(part)
         for comparison in part.comparisons:
-            rows = [_base(comparison)]
+            rows = [_base(comparison, metrics)]
             for label in comparison.labels:
                 for share in SHARES:
-                    row, record = _row(comparison.of(label), label, share)
+                    row, record = _row(comparison.of(label), label, share, metrics)
                     rows.append(row)
                     where = {"experiment": study.experiment, "model": study.model, "trained_on": comparison.reward}
                     tidy.append(where | {"protocol_hash": key} | record)
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         columns = [Column("Method", numeric=False), Column("Budget", "at or before"), Column("Used", "mean over runs")]
-        for metric in HEADLINE:
+        for metric in metrics:
             columns += [Column(title_of(metric)), Column(f"{MINUS} base", title_of(metric))]
         title = (
             f"{study.experiment}, {study.model}: at matched budgets, under protocol {protocol_title(protocols, key)}"
@@ -69,28 +82,26 @@ def matched(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
     return tables
 
 
-def _base(comparison: Comparison) -> Row:
+def _base(comparison: Comparison, metrics: Sequence[str]) -> Row:
     bases = [run.base(run.curve_hash, run.curve_guidance) for run in comparison.runs]
     cells = [Cell("base"), Cell("0%"), Cell("")]
-    for metric in HEADLINE:
+    for metric in metrics:
         values = [base.metrics[metric] for base in bases if base is not None and metric in base.metrics]
         cells += [Cell(number(float(np.mean(values))) if values else DASH), Cell("")]
     return Row((*cells, Cell("")), base=True)
 
 
-def _row(runs: Sequence[TrainingRun], label: str, share: float) -> tuple[Row, dict[str, Any]]:
-    found = [(run.base(run.curve_hash, run.curve_guidance), checkpoint(run, share)) for run in runs]
-    pairs = [(base, row) for base, row in found if base is not None and row is not None]
+def _row(runs: Sequence[TrainingRun], label: str, share: float, metrics: Sequence[str]) -> tuple[Row, dict[str, Any]]:
+    pairs = _pairs(runs, share)
     used = float(np.mean([row.fraction for _, row in pairs])) if pairs else math.nan
     record: dict[str, Any] = {"method": label, "budget_share": share, "used": used, "n": len(pairs)}
     cells = [Cell(label), Cell(f"{share:.0%}"), Cell(DASH if math.isnan(used) else f"{used:.0%}")]
-    for metric in HEADLINE:
-        both = [(row.metrics[metric], base.metrics[metric]) for base, row in pairs if _has(metric, base, row)]
-        if not both:
+    for metric in metrics:
+        change = changes(runs, share, metric)
+        if not change.n:
             cells += [Cell(DASH), Cell(DASH)]
             continue
-        trained, untrained = np.array(both).T
-        score, change = t_interval(trained), paired_difference(trained, untrained)
+        score = t_interval([row.metrics[metric] for base, row in pairs if _has(metric, base, row)])
         moved = change.above(0) or change.below(0)
         cells += [interval_cell(score), interval_cell(change, signed=True, bold=moved)]
         record |= _named(metric, score) | _named(f"{metric}_difference", change)

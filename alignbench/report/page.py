@@ -6,6 +6,8 @@ tables/         every table as CSV, Markdown and LaTeX, every evaluation and eve
 files.txt       what this report wrote, so that the next one removes what it no longer writes
 """
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,23 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
 
 from alignbench.errors import AlignbenchError
-from alignbench.report import across, claims, curves, gallery, hacking, matched, provenance, tables, verdict, within
+from alignbench.report import (
+    across,
+    claims,
+    curves,
+    gallery,
+    hacking,
+    interactive,
+    matched,
+    provenance,
+    tables,
+    verdict,
+    within,
+)
+from alignbench.report.answer import Answer, answer
 from alignbench.report.claims import read
 from alignbench.report.data import Axis, Comparison, Records, Study, load
 
@@ -64,11 +80,28 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One figure: the static SVG element, its text alternative, and the chart that the script draws in its place."""
+
+    svg: Markup
+    alternative: str
+    chart: interactive.Chart
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        return interactive.embedded({"": self.chart})
+
+
+@dataclass(frozen=True)
 class Panel:
     """One metric of one comparison: the same figure for every axis."""
 
     title: str
-    plots: Mapping[str, tuple[Markup, str]]  # axis key -> (SVG element, text alternative)
+    plots: Mapping[str, Drawn]  # by axis key
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        return interactive.embedded({key: drawn.chart for key, drawn in self.plots.items()})
 
 
 @dataclass(frozen=True)
@@ -83,10 +116,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Hacking:
-    """The paths of one comparison: (SVG element, text alternative) of every metric."""
+    """The paths of one comparison, a figure a metric."""
 
     title: str
-    plots: Sequence[tuple[Markup, str]]
+    plots: Sequence[Drawn]
 
 
 @dataclass(frozen=True)
@@ -102,7 +135,7 @@ def _panel_metrics(comparison: Comparison) -> list[tuple[str, str]]:
     titles = {metric: tables.title_of(metric) for metric in tables.HEADLINE}
     metrics = list(tables.HEADLINE)
     rows = [row.metrics for run in comparison.runs for row in run.evaluations]
-    for metric in tables.ALWAYS:
+    for metric in tables.HEADLINE[1:]:
         if all(row.get(metric) == row.get("reward") for row in rows):
             metrics.remove(metric)
             titles["reward"] = f"{titles[metric]} = trained reward"
@@ -124,7 +157,7 @@ def _curves(
             panels: list[Panel] = []
             plotted: list[dict[str, Any]] = []
             for metric, title in _panel_metrics(comparison):
-                plots: dict[str, tuple[Markup, str]] = {}
+                plots: dict[str, Drawn] = {}
                 for axis in shown:
                     parted = key if len(parts) > 1 else ""
                     name = tables.slug(
@@ -133,7 +166,7 @@ def _curves(
                     plot = curves.plot(name, title, metric, axis, comparison)
                     if plot is None:
                         continue
-                    plots[axis.key] = (_draw(curves.draw(plot, style), name, output), curves.describe(plot))
+                    plots[axis.key] = _curve(plot, style, output)
                     plotted += curves.rows(plot, where | {"protocol_hash": key})
                 if plots:
                     panels.append(Panel(title, plots))
@@ -155,10 +188,26 @@ def _hacking(
         plots, points = [], []
         for plot in hacking.figures(comparison):
             name = tables.slug("hacking", study.experiment, study.model, comparison.reward, plot.metric)
-            plots.append((_draw(hacking.draw(plot, style), name, output), hacking.describe(plot)))
+            drawn = _draw(hacking.draw(plot, style), name, output)
+            plots.append(Drawn(drawn, hacking.describe(plot), interactive.paths(plot, style)))
             points += list(hacking.rows(plot, where))
         if plots:
             yield Hacking(f"{study.experiment}, {study.model}: trained on {comparison.reward}", plots), points
+
+
+def _curve(plot: curves.Plot, style: Mapping[str, curves.Style], output: Output) -> Drawn:
+    drawn = _draw(curves.draw(plot, style), plot.name, output)
+    return Drawn(drawn, curves.describe(plot), interactive.curve(plot, style))
+
+
+def _headline(found: Answer, axes: Sequence[Axis], style: Mapping[str, curves.Style], output: Output) -> Drawn | None:
+    """The figure of the opening: the metric of the task against the cost that the budget limits."""
+    budget = found.comparison.runs[0].budget()[0]
+    for axis in sorted(axes, key=lambda axis: axis.key != budget):
+        plot = curves.plot("headline", tables.title_of(found.metric), found.metric, axis, found.comparison)
+        if plot is not None:
+            return _curve(plot, style, output)
+    return None
 
 
 def _draw(figure: Figure, name: str, output: Output) -> Markup:
@@ -195,6 +244,11 @@ def _summary(records: Records) -> list[str]:
     return [f"{_several(total, 'run')}, {finished} finished: {compared}."]
 
 
+def _hash(script: str) -> str:
+    """The source expression by which a content security policy allows an inline script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
 def render(records: Records, output: Output, published: Sequence[claims.Claim] = ()) -> str:
     """The page; figures and tables are added to `output` on the way."""
     style = curves.styles(records.labels)
@@ -211,8 +265,10 @@ def render(records: Records, output: Output, published: Sequence[claims.Claim] =
         for part, rows in _hacking(study, style, output):
             paths.append(part)
             points += rows
+    opening = answer(records)
     verdicts = [each for study in studies for each in verdict.verdicts(study, protocols)]
     sections = {
+        "answer": [opening.table] if opening else [],
         "verdict": [each.table for each in verdicts],
         "pairs": [across.pairs(study) for study in studies],
         "tasks": [across.methods(study) for study in studies if len(study.comparisons) > 1],
@@ -245,7 +301,14 @@ def render(records: Records, output: Output, published: Sequence[claims.Claim] =
         loader=PackageLoader("alignbench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    library = get_plotlyjs()
+    scripts = [environment.get_template(name).render() for name in ("figures.js.jinja", "script.js.jinja")]
     return environment.get_template("page.html.jinja").render(
+        answer=opening,
+        headline=_headline(opening, axes, style, output) if opening else None,
+        library=Markup(library),
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(map(_hash, (library, *scripts))),
         summary=_summary(records),
         unfinished=sum(not run.finished for run in records.runs) + len(records.unreadable),
         tables=sections,

@@ -105,7 +105,7 @@ def differences(study: Study) -> Table:
     title = f"{study.experiment}, {study.model}: differences between the compared runs"
     notes = () if rows else ("None: the runs differ in method, reward, seed and the methods' own settings only.",)
     name = slug("differences", study.experiment, study.model)
-    return Table(name, title, columns, (Group("", tuple(rows)),), notes, tuple(tidy))
+    return Table(name, title, columns, (Group("", tuple(rows)),), notes, tuple(tidy), ordered=True)
 
 
 def own_settings(study: Study) -> Table:
@@ -136,7 +136,7 @@ def protocols(records: Records) -> Table:
             rows.append(Row((Cell(first), Cell(name), Cell(show(value)))))
             tidy.append({"protocol_hash": key, "field": name, "value": show(value)})
     columns = (Column("Protocol", numeric=False), Column("Field", numeric=False), Column("Value", numeric=False))
-    return Table("protocols", "Evaluation protocols", columns, (Group("", tuple(rows)),), (), tuple(tidy))
+    return Table("protocols", "Evaluation protocols", columns, (Group("", tuple(rows)),), (), tuple(tidy), ordered=True)
 
 
 ENVIRONMENT = ("git", "packages", "hardware", "threads", "processes", "schema")
@@ -156,4 +156,5 @@ def environment(records: Records) -> Table:
             rows.append(Row((Cell(key if position == 0 else "", flag=flag), Cell(value, flag=flag), Cell(str(n)))))
             tidy.append({"field": key, "value": value, "runs": n})
     columns = (Column("Field", numeric=False), Column("Value", numeric=False), Column("Runs"))
-    return Table("environment", "Code, packages and hardware", columns, (Group("", tuple(rows)),), (), tuple(tidy))
+    groups = (Group("", tuple(rows)),)
+    return Table("environment", "Code, packages and hardware", columns, groups, (), tuple(tidy), ordered=True)

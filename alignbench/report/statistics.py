@@ -230,7 +230,7 @@ class SpeedUp:
 
 
 def speed_up(faster: Sequence[Sequence[TimeToTarget]], slower: Sequence[Sequence[TimeToTarget]]) -> SpeedUp:
-    """Ratio of restricted mean times to target E[min(T, B)], slower over faster, over the same tasks ([task][run]).
+    """Ratio of restricted mean times to target E[min(T, B)], slower over faster, over the same tasks (``[task][run]``).
 
     The interval is Welch's on the logarithms of the means, var(log mean) = var / (n mean^2), up to ten runs a method
     and task, else the bootstrap of whole runs within tasks. Neither knows what a censored run would have needed: that
@@ -270,7 +270,7 @@ def improvement(first: ArrayLike, second: ArrayLike) -> float:
 def probability_of_improvement(
     first: Sequence[ArrayLike], second: Sequence[ArrayLike], confidence: float = CONFIDENCE
 ) -> Interval:
-    """Mann-Whitney per task, averaged over tasks ([task][runs]), with an interval.
+    """Mann-Whitney per task, averaged over tasks (``[task][runs]``), with an interval.
 
     The score interval of Newcombe (2006, Statistics in Medicine 25, method 5), which does not shrink to a point when
     all runs of one method beat all of the other. Its variance belongs to one probability: with different ones on

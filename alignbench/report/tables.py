@@ -27,9 +27,11 @@ from alignbench.report.targets import Reaching, reaching, stated
 CLAIM_RUNS = 5  # fewer runs per cell are a preview, not a claim
 SEEN_TAGS = ("single_object", "counting")  # no unseen combinations exist: test prompts are among the training prompts
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-HEADLINE = ("reward", "geneval", "exact_scene")
+GENEVAL = ("geneval", "geneval_hf")  # by the embedded world's detector, by Mask2Former on photographs
+HEADLINE = ("reward", *GENEVAL, "exact_scene")
 BESIDE = (
     "geneval_strict",
+    "geneval_hf_strict",
     "exact_scene",
     "objects_per_image",
     "invalid_share",
@@ -38,11 +40,13 @@ BESIDE = (
     "diversity",
     "drift",
 )
-ALWAYS = ("geneval", "exact_scene")  # never one without the other
+ALWAYS = ("geneval", "exact_scene")  # never one without the other: an exact scene has an exact detector
 TITLES = {
     "reward": "Trained reward",
     "geneval": "GenEval (official)",
+    "geneval_hf": "GenEval (hub detector)",
     "geneval_strict": "GenEval (strict)",
+    "geneval_hf_strict": "GenEval (hub detector, strict)",
     "exact_scene": "Exact scene",
     "objects_per_image": "Objects an image",
     "invalid_share": "Invalid share",
@@ -58,7 +62,18 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 def title_of(metric: str) -> str:
     """The name of a metric in headings: "geneval/color_attr" -> "color attr"."""
-    return TITLES.get(metric, metric.removeprefix("geneval/").replace("_", " "))
+    name, _, tag = metric.partition("/")
+    return TITLES.get(metric, (tag if tag and name in GENEVAL else metric).replace("_", " "))
+
+
+def headline_metrics(study: Study) -> list[str]:
+    """The metrics of a study's headline: the trained reward and the GenEval of its domain, with exact scenes.
+
+    GenEval on photographs is a metric of its own and has no exact scenes; a study that measured neither shows neither.
+    """
+    recorded = frozenset[str]().union(*(run.recorded for run in study.runs))
+    both = not recorded.isdisjoint(ALWAYS)
+    return [m for m in HEADLINE if m == "reward" or m in recorded or (both and m in ALWAYS)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """One table. `records` are its numbers, one dict a row, as they stand in the CSV file."""
+    """One table. `records` are its numbers, one dict a row, as they stand in the CSV file.
+
+    In an `ordered` table a row belongs to the one above it; the rows of the others stand for themselves.
+    """
 
     name: str
     title: str
@@ -107,6 +125,12 @@ class Table:
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()
     records: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    ordered: bool = False
+
+    @property
+    def sortable(self) -> bool:
+        """Whether there is anything that a reader could want in another order."""
+        return not self.ordered and any(sum(not row.base for row in group.rows) > 1 for group in self.groups)
 
 
 def markdown(table: Table) -> str:
@@ -309,7 +333,13 @@ def best(entry: Entry, others: Sequence[Entry], metric: str) -> bool:
 
 def _base_disagreement(found: Sequence[Entry]) -> tuple[str, ...]:
     """The base is scored on the same prompts and noise in every run, so its scores should agree to the last digits."""
-    spreads = [np.ptp(e.values(metric)) for e in found if not e.label for metric in ALWAYS if e.values(metric)]
+    spreads = [
+        np.ptp(e.values(metric))
+        for e in found
+        if not e.label
+        for metric in (*GENEVAL, "exact_scene")
+        if e.values(metric)
+    ]
     worst = float(max(spreads, default=0.0))
     return (
         (f"The base model's scores differ between runs by up to {worst:.2g}: they should agree.",)
@@ -348,6 +378,7 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
     parts = by_protocol(study, lambda run: run.final_hash)
     for key, part in parts:
         protocol, groups, tidy, disagreement = protocols.get(key, {}), [], [], set[str]()
+        metrics = headline_metrics(part)
         where = {"experiment": study.experiment, "model": study.model}
         for comparison in part.comparisons:
             found = entries(comparison, key)
@@ -355,7 +386,7 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
             rows = []
             for entry in found:
                 cells = [*_identity(entry, protocol)]
-                for metric in HEADLINE:
+                for metric in metrics:
                     if not entry.label:
                         cells += [base_cell(entry, metric), Cell("")]
                         continue
@@ -366,15 +397,15 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
                     cells += [score, interval_cell(difference, signed=True, bold=moved) if difference.n else Cell(DASH)]
                 cells.append(runs_cell(len(entry.rows)) if entry.label else Cell(""))
                 rows.append(Row(tuple(cells), entry.label, not entry.label))
-                tidy += [_tidy(entry, where, key, metric, protocol) for metric in HEADLINE if entry.values(metric)]
+                tidy += [_tidy(entry, where, key, metric, protocol) for metric in metrics if entry.values(metric)]
             rows += [
-                Row((Cell(label), *[Cell("")] * 8, Cell("0", "none finished", flag=True)), label)
+                Row((Cell(label), *[Cell("")] * (2 + 2 * len(metrics)), Cell("0", "none finished", flag=True)), label)
                 for label in comparison.labels
                 if label not in {entry.label for entry in found} and not all(map(_only_base, comparison.of(label)))
             ]
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         columns = [*IDENTITY]
-        for metric in HEADLINE:
+        for metric in metrics:
             columns += [Column(title_of(metric)), Column(f"{MINUS} base", "same guidance")]
         notes = mixed_note(protocols, [other for other, _ in parts])
         notes += (*sorted(disagreement), *_budget_note(part))
@@ -403,9 +434,9 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
     for key, part in parts:
         protocol, groups, tidy = protocols.get(key, {}), [], []
         where = {"experiment": study.experiment, "model": study.model}
-        tags = [f"geneval/{tag}" for tag in TAGS]
-        wanted = ["geneval", *tags, *BESIDE]
-        metrics = [metric for metric in wanted if metric in ALWAYS or _present(part, key, metric)]
+        shown = headline_metrics(part)
+        by_tag = [name for each in shown if each in GENEVAL for name in (each, *(f"{each}/{tag}" for tag in TAGS))]
+        metrics = [metric for metric in (*by_tag, *BESIDE) if metric in shown or _present(part, key, metric)]
         for comparison in part.comparisons:
             found, rows = entries(comparison, key), []
             for entry in found:
@@ -421,7 +452,7 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
                     Row((*cells, runs_cell(len(entry.rows)) if entry.label else Cell("")), entry.label, not entry.label)
                 )
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
-        seen = {f"geneval/{tag}" for tag in SEEN_TAGS}
+        seen = {f"geneval/{tag}" for tag in SEEN_TAGS}  # of the embedded world's test split
         columns = [Column(title_of(metric), "seen" if metric in seen else "") for metric in metrics]
         notes = mixed_note(protocols, [other for other, _ in parts])
         title = f"{study.experiment}, {study.model}: GenEval by tag under protocol {protocol_title(protocols, key)}"
@@ -443,7 +474,7 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
     tables = []
     parts = by_protocol(study, lambda run: run.curve_hash)
     for key, part in parts:
-        groups, tidy = [], []
+        groups, tidy, metrics = [], [], headline_metrics(part)
         targets = sorted({target for run in part.runs for target in stated(run).items()})
         for comparison in part.comparisons:
             rows = []
@@ -452,7 +483,7 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
                 record: dict[str, Any] = {"experiment": study.experiment, "model": study.model}
                 record |= {"trained_on": comparison.reward, "method": label, "protocol_hash": key, "n": len(runs)}
                 cells = [Cell(label)]
-                for metric in HEADLINE:
+                for metric in metrics:
                     cell, numbers = _area(runs, metric)
                     cells.append(cell)
                     record |= numbers
@@ -464,7 +495,7 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
                 tidy.append(record)
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         columns = [Column("Method", numeric=False)]
-        columns += [Column(title_of(metric), "mean over budget") for metric in HEADLINE]
+        columns += [Column(title_of(metric), "mean over budget") for metric in metrics]
         for metric, target in targets:
             goal = f"{title_of(metric)} ≥ {target:g}"
             columns += [Column(goal, "reached"), Column(goal, "mean cost, misses at budget")]

@@ -8,10 +8,10 @@ from alignbench.report.statistics import SpeedUp, TimeToTarget, clip_times, spee
 
 
 def stated(run: TrainingRun) -> dict[str, float]:
-    """Targets of the run's task: metric -> score."""
+    """Targets of the run's task: metric -> score, by the names under which the run recorded them."""
     targets = run.run.get("targets")
     items = targets.items() if isinstance(targets, Mapping) else ()
-    return {str(metric): float(value) for metric, value in items if isinstance(value, int | float)}
+    return {run.measured(str(metric)): float(value) for metric, value in items if isinstance(value, int | float)}
 
 
 @dataclass(frozen=True)

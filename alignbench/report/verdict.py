@@ -39,7 +39,7 @@ from alignbench.report.tables import (
 )
 from alignbench.report.targets import Reaching, compare, reaching, stated
 
-HELD_OUT = ("exact_scene", "geneval", "judge")
+HELD_OUT = ("exact_scene", "geneval", "geneval_hf", "pickscore", "judge")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def speed_cell(speed: SpeedUp | None) -> Cell:
     return Cell(f"{speed.bound} {ratio.mean:.2f}{TIMES}".strip(), detail, bold=speed.bound != "≤" and ratio.above(1))
 
 
-def _difference_cell(interval: Interval) -> Cell:
+def difference_cell(interval: Interval) -> Cell:
+    """A change with its sign, bold where its interval excludes zero; a dash without runs."""
     if not interval.n:
         return Cell(DASH)
     return interval_cell(interval, signed=True, bold=interval.above(0) or interval.below(0))
@@ -134,7 +135,7 @@ def verdicts(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[V
     found = []
     for key, part in parts:
         groups, tidy, sentences = [], [], []
-        held_out = [m for m in HELD_OUT if any(m in row.metrics for run in part.runs for row in run.evaluations)]
+        held_out = [metric for metric in HELD_OUT if any(metric in run.recorded for run in part.runs)]
         for comparison in part.comparisons:
             rows, records = _rows(comparison, key, held_out)
             target = goal(comparison)
@@ -163,16 +164,16 @@ def _rows(comparison: Comparison, key: str, held_out: Sequence[str]) -> tuple[li
         score, change = t_interval(entry.values("reward")), entry.difference(key, "reward")
         speed = compare([times.get(entry.label)], [times.get(reference)]) if reference else None
         cells = [Cell(entry.label), Cell(f"{entry.guidance:g}")]
-        cells += [interval_cell(score, bold=best(entry, found, "reward")), _difference_cell(change)]
+        cells += [interval_cell(score, bold=best(entry, found, "reward")), difference_cell(change)]
         for metric in held_out:
             trained = is_trained(comparison, metric)
-            cells.append(Cell("trained") if trained else _difference_cell(entry.difference(key, metric)))
+            cells.append(Cell("trained") if trained else difference_cell(entry.difference(key, metric)))
         reached = times.get(entry.label)
         cells.append(Cell(f"{reached.hits}/{len(reached.times)}") if reached else Cell(DASH))
         cells.append(time_cell(reached) if reached else Cell(DASH))
         cells.append(Cell("slowest", "reference") if entry.label == reference else speed_cell(speed))
         cells.append(interval_cell(t_interval(entry.values("drift"))) if entry.values("drift") else Cell(DASH))
-        cells += [_difference_cell(entry.difference(key, "diversity")), runs_cell(len(entry.rows))]
+        cells += [difference_cell(entry.difference(key, "diversity")), runs_cell(len(entry.rows))]
         rows.append(Row(tuple(cells), entry.label))
         record: dict[str, Any] = {"method": entry.label, "guidance": entry.guidance, "n": len(entry.rows)}
         for metric in ("reward", *held_out, "diversity"):
@@ -189,7 +190,8 @@ def _rows(comparison: Comparison, key: str, held_out: Sequence[str]) -> tuple[li
     return rows, records
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -208,19 +210,20 @@ def words(comparison: Comparison, key: str) -> list[str]:
     runs = f"n = {fewest}" + (", a preview" if fewest < CLAIM_RUNS else "")
     said = []
     if raised:
-        gains = [f"{label} ({_signed(changes[label])})" for label in raised]
-        said.append(f"{_listed(gains)} {_verb(raised, 'raises', 'raise')} the trained reward above the base")
+        gains = [f"{label} ({signed(changes[label])})" for label in raised]
+        said.append(f"{listed(gains)} {_verb(raised, 'raises', 'raise')} the trained reward above the base")
     if lowered:
-        losses = [f"{label} ({_signed(changes[label])})" for label in lowered]
-        said.append(f"{_listed(losses)} {_verb(lowered, 'lowers', 'lower')} it")
+        losses = [f"{label} ({signed(changes[label])})" for label in lowered]
+        said.append(f"{listed(losses)} {_verb(lowered, 'lowers', 'lower')} it")
     if open_ and fewest > 1:
-        said.append(f"for {_listed(open_)} a change from the base cannot be told from none")
+        said.append(f"for {listed(open_)} a change from the base cannot be told from none")
     elif open_:
-        said.append(f"{_listed(open_)}: single runs have no interval, nothing can be told")
-    return [f"{head} {'; '.join(said)} ({runs}).", *_leader(methods, fewest), *_guided(found, methods, scale)]
+        said.append(f"{listed(open_)}: single runs have no interval, nothing can be told")
+    return [f"{head} {'; '.join(said)} ({runs}).", *_leader(methods, fewest), *guided(found, methods, scale)]
 
 
-def _signed(interval: Interval) -> str:
+def signed(interval: Interval) -> str:
+    """ "+0.130 ± 0.059"."""
     width = "" if math.isnan(interval.half_width) else f" ± {number(interval.half_width)}"
     return f"{number(interval.mean, signed=True)}{width}"
 
@@ -245,20 +248,20 @@ def _leader(methods: Sequence[Entry], fewest: int) -> list[str]:
     if len(same) == len(apart):
         rest = "the other method" if len(same) == 1 else "any other method"
         return [f"{first.label} has the highest mean, but with n = {fewest} it cannot be told apart from {rest}."]
-    return [f"{first.label} has the highest mean; with n = {fewest} it cannot be told apart from {_listed(same)}."]
+    return [f"{first.label} has the highest mean; with n = {fewest} it cannot be told apart from {listed(same)}."]
 
 
-def _guided(found: Sequence[Entry], methods: Sequence[Entry], scale: float) -> list[str]:
+def guided(found: Sequence[Entry], methods: Sequence[Entry], scale: float, metric: str = "reward") -> list[str]:
     """Whether guidance alone, without any training, does as well."""
     said = []
     for entry in found:
-        if entry.label or entry.guidance == scale or not entry.values("reward"):
+        if entry.label or entry.guidance == scale or not entry.values(metric):
             continue
-        base = float(np.mean(entry.values("reward")))
-        above = [method.label for method in methods if t_interval(method.values("reward")).above(base)]
+        base = float(np.mean(entry.values(metric)))
+        above = [method.label for method in methods if t_interval(method.values(metric)).above(base)]
         where = f"The untrained base at guidance {entry.guidance:g} scores {number(base)}"
         if not above:
             said.append(f"{where}: no method at guidance {scale:g} is shown to be above that.")
         elif len(above) < len(methods):
-            said.append(f"{where}: only {_listed(above)} {_verb(above, 'is', 'are')} shown to be above that.")
+            said.append(f"{where}: only {listed(above)} {_verb(above, 'is', 'are')} shown to be above that.")
     return said

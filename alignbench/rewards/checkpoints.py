@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignbench.errors import CheckpointError
+from alignbench.hub import refusal
 
 
 def load_frozen(kind: Any, model: str | Path, expected: str) -> Any:
@@ -22,12 +23,20 @@ def load_frozen(kind: Any, model: str | Path, expected: str) -> Any:
         expected: what would work, for messages.
 
     Raises:
-        CheckpointError: files are missing or truncated, or the file lacks weights that the model needs.
+        CheckpointError: files are missing or truncated, or the file lacks weights that the model needs, or has them in
+            other shapes.
     """
     try:
         loaded, report = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load a {kind.__name__} from {model}: {error}. Expected {expected}") from error
+        raise CheckpointError(
+            f"cannot load a {kind.__name__} from {model}: {refusal(error)}. Expected {expected}"
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"cannot load a {kind.__name__} from {model}: its weights have other shapes than its config.json says. "
+            f"Expected {expected}"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(
@@ -53,7 +62,7 @@ def weights_file(place: str) -> Path:
     try:
         return Path(hf_hub_download(f"{organisation}/{repository}", name))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"there are no weights at {place}: {expected} ({error})") from error
+        raise CheckpointError(f"there are no weights at {place}: {expected} ({refusal(error)})") from error
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

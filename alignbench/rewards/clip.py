@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignbench.errors import CheckpointError, ConfigError
+from alignbench.hub import refusal
 from alignbench.rewards.checkpoints import weights_file
 
 BICUBIC = 3  # PIL's number, as processors store it
@@ -104,9 +105,8 @@ class OpenClip:
             self.model: Any = open_clip.create_model(model, pretrained=file, device=device, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(model)
         except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"cannot load the CLIP model {model} with {weights}: {message}; {expected}"
+                f"cannot load the CLIP model {model} with {weights}: {refusal(error)}; {expected}"
             ) from error
         self.model.eval().requires_grad_(False)
         settings = open_clip.get_model_preprocess_cfg(self.model)

@@ -38,7 +38,7 @@ class RapidOcr:
             raise ConfigError(
                 f"reward=ocr needs rapidocr, which cannot be imported ({error}): pip install 'alignbench[ocr]'"
             ) from error
-        self._engine: Any = RapidOCR()
+        self._engine: Any = RapidOCR(params={"Global.log_level": "error"})  # it warns of every image without text
 
     def __call__(self, picture: NDArray[np.uint8]) -> str:
         """See `Reader`."""

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from alignbench.errors import CheckpointError
+from alignbench.hub import refusal
 from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.checkpoints import load_frozen
 from alignbench.rewards.clip import OpenClip, Preprocessing
@@ -120,9 +121,15 @@ class PickScore(Similarity):
             self.preprocess = Preprocessing.of(AutoImageProcessor.from_pretrained(processor or model))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"no tokenizer and image processor in {processor or model}: {error}. Give `processor` a folder or hub "
-                "id that has both, for example laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+                f"no tokenizer and image processor in {processor or model}: {refusal(error)}. Give `processor` a "
+                "folder or hub id that has both, for example laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
             ) from error
+        known, taken = len(self.tokenizer), self.model.config.text_config.vocab_size
+        if known != taken:  # transformers makes a tokenizer that reads nothing where the vocabulary is missing
+            raise CheckpointError(
+                f"the tokenizer in {processor or model} has {known} tokens, {model} was trained on {taken}: its "
+                "vocabulary is missing, or that of another model"
+            )
 
     def scale(self) -> Tensor:
         """The learnt scale; scalar."""

@@ -118,7 +118,7 @@ def test_an_iteration_costs_what_the_method_says(tiny_run: Compose, method: str)
     }
     for count in ("backward", "images", "reward_calls"):
         assert second[count] - first[count] == getattr(cost, count), count
-    flops = plan.flops_per_iteration(run.parts)  # the reward has none
+    flops = plan.Outline.of(run.parts).flops_per_iteration()  # the reward has none
     assert second["flops"] - first["flops"] == pytest.approx(flops)
 
 

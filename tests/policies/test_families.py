@@ -20,14 +20,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignbench import assembly
 from alignbench.errors import CheckpointError, ConfigError
 from alignbench.policies.diffusers_policy import DiffusersPolicy
 from alignbench.policies.flux import FluxPolicy, pack, unpack
 from alignbench.policies.unet import StableDiffusionPolicy, StableDiffusionXLPolicy
-from alignbench.run import Loop
 from alignbench.sampling.rollout import Sampler, sample
-from tests.conftest import Compose
 from tests.tiny import tiny_flux, tiny_sd15, tiny_sdxl
 
 TEXTS = ["a red dog", "two cats", "a red dog"]
@@ -441,20 +438,27 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def remove_text_encoder(folder: Path) -> None:
-    (folder / "text_encoder" / "model.safetensors").unlink()
+def remove(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
 
 
-def remove_index(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
+def halve(file: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / file).write_bytes((folder / file).read_bytes()[: (folder / file).stat().st_size // 2])
+
+    return change
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
 DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "all": [
         (truncate, r"diffusion_pytorch_model.safetensors is truncated or damaged: \d+ bytes, expected \d+"),
-        (remove_text_encoder, "text_encoder has no safetensors weights"),
-        (remove_index, "model_index.json is missing"),
+        (remove("text_encoder/model.safetensors"), "text_encoder has no safetensors weights"),
+        (remove("text_encoder/config.json"), "text_encoder/config.json is missing; it says how"),
+        (remove("tokenizer/tokenizer.json"), "tokenizer has no vocabulary, expected tokenizer.json or vocab"),
+        (halve("tokenizer/tokenizer.json"), "tokenizer/tokenizer.json is not valid JSON"),
+        (halve("tokenizer/tokenizer_config.json"), "tokenizer/tokenizer_config.json is not valid JSON"),
+        (remove("model_index.json"), "model_index.json is missing"),
         (edit("model_index.json", _class_name="OtherPipeline"), "holds a OtherPipeline, expected a "),
         (edit("model_index.json", vae=[None, None]), "has no vae; none may be absent"),
         (edit("vae/config.json", layers_per_block=2), "vae has no weights for encoder.down_blocks.0.resnets.1"),
@@ -490,6 +494,19 @@ def test_damaged_checkpoint_is_one_clear_error_before_loading(
     monkeypatch.setattr(FAMILIES[family].policy.pipeline_class, "from_pretrained", None)  # nothing may be loaded
     with pytest.raises(CheckpointError, match=message):
         load(family, folders, folder=copy)
+
+
+def test_every_folder_of_a_checkpoint_is_needed(
+    name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers as well: transformers makes one that reads nothing where its folder is missing."""
+    monkeypatch.setattr(FAMILIES[name].policy.pipeline_class, "from_pretrained", None)
+    parts = sorted(path.name for path in folders[name].iterdir() if path.is_dir())
+    assert len(parts) >= 5
+    for part in parts:
+        copy = shutil.copytree(folders[name], tmp_path / part, ignore=shutil.ignore_patterns(part))
+        with pytest.raises(CheckpointError, match=rf"/{part}\b"):
+            load(name, folders, folder=copy)
 
 
 def test_a_model_that_takes_an_image_too_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -574,62 +591,6 @@ def test_resolution_sets_the_latent_shape_and_what_the_model_is_told(folders: di
         assert prediction.shape == latents.shape
     assert [each.tolist() for each in told] == [[[32, 32, 0, 0, 32, 32]]]  # original size, crop, target size
     assert load("flux", folders, resolution=32).mu > load("flux", folders).mu  # larger images are noised more
-
-
-# Training
-
-
-def configured(tiny_run: Compose, folders: dict[str, Path], model: str, method: str, *overrides: str) -> Any:
-    return tiny_run(
-        f"model={model}",
-        f"method={method}",
-        "overlay=none",
-        f"model.policy.source={folders[model.removesuffix('_dev')]}",
-        "model.domain=shapes",
-        "model.policy.dtype=float32",
-        "model.policy.resolution=16",
-        "method.batch.updates=1",
-        *overrides,
-    )
-
-
-TRAINED = [
-    ("sd15", "sdpo", ["method.algorithm.pairs_per_update=4"]),
-    ("sd15", "draft", ["method.rollout.grid=pipeline", "method.batch.images=1"]),
-    ("sdxl", "dpo", ["method.algorithm.pairs_per_update=4"]),
-    ("sdxl", "refl", ["method.rollout.grid=pipeline", "method.batch.images=1"]),
-    ("flux_dev", "diffusion_nft", ["model.policy.max_sequence_length=12"]),
-    ("flux_dev", "flow_grpo", ["model.policy.max_sequence_length=12"]),
-]
-
-
-@pytest.mark.parametrize(("model", "method", "overrides"), TRAINED)
-def test_an_iteration_trains_the_denoiser_alone(
-    tiny_run: Compose, folders: dict[str, Path], model: str, method: str, overrides: list[str]
-) -> None:
-    config = configured(tiny_run, folders, model, method, *overrides)
-    run = Loop(config, assembly.assemble(config), None, tracker=None, stopping=[])
-    policy = run.parts.policy
-    assert isinstance(policy, DiffusersPolicy)
-    modules = [each for each in policy.pipeline.components.values() if isinstance(each, nn.Module)]
-    before = {key: value.clone() for module in modules for key, value in module.named_parameters()}
-    run.iterate()
-    trained = set(policy.trainable_parameters())
-    changed = {
-        key for module in modules for key, value in module.named_parameters() if not torch.equal(value, before[key])
-    }
-    assert changed
-    assert changed <= trained
-
-
-def test_what_does_not_fit_is_refused_with_what_would(tiny_run: Compose, folders: dict[str, Path]) -> None:
-    config = configured(tiny_run, folders, "sd15", "flow_grpo")
-    with pytest.raises(
-        ConfigError,
-        match=r"flow_grpo holds for models that predict velocity, but sd15 predicts epsilon; "
-        r"models that fit: flux_dev, sd35_medium, shapes",
-    ):
-        assembly.assemble(config)
 
 
 def test_classes_say_what_they_predict(name: str, folders: dict[str, Path]) -> None:

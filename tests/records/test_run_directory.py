@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from scripted_run import CONFIG, DONE, KILLED, RUN, contents, in_child, scripted_run
 
 from alignbench import records
-from alignbench.errors import CheckpointError, RecordError
+from alignbench.errors import CheckpointError, LockedError, RecordError
 from alignbench.records import RunDirectory, atomic_write, config_hash, strip_volatile
 
 
@@ -99,6 +100,49 @@ def test_too_little_space_is_refused_before_work(tmp_path: Path, monkeypatch: py
     with pytest.raises(RecordError, match=r"10 MB free, a run needs at least 256 MB"):
         opened(tmp_path)
     RunDirectory.open(tmp_path, config=CONFIG, run=RUN, minimum_free_bytes=10 * 2**20).close()
+
+
+def test_the_lock_names_its_writer_and_goes_with_the_process(tmp_path: Path) -> None:
+    assert records.writer(tmp_path) is None
+    with opened(tmp_path):
+        assert records.writer(tmp_path) == f"process {os.getpid()}"
+        (tmp_path / ".lock").write_text("12 elsewhere\n")
+        assert records.writer(tmp_path) == "process 12 on elsewhere"
+        with pytest.raises(LockedError) as caught:
+            opened(tmp_path)
+        assert (caught.value.folder, caught.value.writer) == (tmp_path, "process 12 on elsewhere")
+    assert records.writer(tmp_path) is None
+
+    def die_with_the_lock() -> None:
+        opened(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die_with_the_lock) == KILLED
+    assert records.writer(tmp_path) is None  # although the file still names a process
+    opened(tmp_path).close()
+
+
+def test_looking_at_the_lock_keeps_no_writer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path).close()
+    look = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda seconds: seconds and fcntl.flock(look, fcntl.LOCK_UN))
+    opened(tmp_path).close()
+    os.close(look)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(RecordError, match=r"file system without locks \(No locks available\).*mount it with flock"):
+            opened(tmp_path)
+        assert records.writer(tmp_path) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    opened(tmp_path).close()
 
 
 def test_two_writers_are_refused(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_no_pair_without_finished_runs(tmp_path: Path) -> None:
 def test_normalisation_never_looks_at_other_methods(tmp_path: Path) -> None:
     write_run(tmp_path, grids=False, run={"normalisation": {"geneval": 0.8}})
     (run,) = load([tmp_path]).runs
-    assert across.normalised(run, 0.55, 0.3, "geneval") == pytest.approx(0.5)
-    assert math.isnan(across.normalised(run, 0.55, 0.3, "exact_scene"))
-    assert math.isnan(across.normalised(run, 0.9, 0.8, "geneval"))
+    metric, top = across.constant(run)
+    assert (metric, top) == ("geneval", 0.8)
+    assert across.normalised(0.55, 0.3, top) == pytest.approx(0.5)
+    assert math.isnan(across.normalised(0.9, 0.8, top))
+
+
+@pytest.mark.parametrize("stated", [None, {}, {"geneval": "much"}])
+def test_a_task_without_a_constant_is_not_normalised(tmp_path: Path, stated: object) -> None:
+    write_run(tmp_path, grids=False, run={"normalisation": stated})
+    (run,) = load([tmp_path]).runs
+    metric, top = across.constant(run)
+    assert metric == ""
+    assert math.isnan(top)

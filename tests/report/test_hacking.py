@@ -49,8 +49,12 @@ def test_every_run_is_drawn_and_listed(tmp_path: Path) -> None:
     plot = hacking.figures(comparison(tmp_path))[0]
     figure = hacking.draw(plot, curves.styles(["diffusion_nft", "flow_grpo"]))
     (axes,) = figure.axes
-    assert len(axes.lines) == 3 * 3  # a path, its start and its end for each run
-    assert [line.get_linestyle() for line in axes.lines[::3]] == ["-", "-", "--"]
+    paths, starts, ends = axes.lines[::3], axes.lines[1::3], axes.lines[2::3]  # of each method
+    assert [line.get_linestyle() for line in paths] == ["-", "--"]
+    assert [int(np.isnan(np.asarray(line.get_xdata())).sum()) for line in paths] == [2, 1]  # a gap behind every run
+    assert [len(np.asarray(line.get_xdata())) for line in starts] == [2, 1]
+    np.testing.assert_allclose(np.asarray(starts[0].get_xdata()), [0.28, 0.28])
+    np.testing.assert_allclose(np.asarray(ends[0].get_xdata()), [0.28 + 0.24, 0.28 + 0.25])
     listed = list(hacking.rows(plot, {"experiment": "first"}))
     assert {(row["method"], row["seed"]) for row in listed} == {
         ("diffusion_nft", 0), ("diffusion_nft", 1), ("flow_grpo", 0),

@@ -1,6 +1,9 @@
+import base64
+import hashlib
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -67,7 +70,7 @@ def test_names_and_messages_are_escaped(report: Path) -> None:
     text = (report / "index.html").read_text()
     assert ATTACK not in text
     assert "died of &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in text
-    assert text.count("<script>") == 1  # the page's own
+    assert text.count("<script>") == 3  # plotly.js and the page's own two
     for path in report.rglob("*.md"):
         assert "<script>" not in path.read_text()
 
@@ -75,11 +78,23 @@ def test_names_and_messages_are_escaped(report: Path) -> None:
 def test_the_page_needs_nothing_from_outside(report: Path) -> None:
     text = (report / "index.html").read_text()
     page = Page(text)
+    (policy,) = (each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy).startswith(
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
     for tag, attributes in page.elements:
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, value)
-    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", text)
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", style)
+
+
+def test_only_the_scripts_of_the_page_may_run(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"sha256-(.*?)'", unescape(text[: text.index("<style>")])) == hashes
 
 
 def test_every_figure_has_a_text_alternative(report: Path) -> None:
@@ -92,8 +107,9 @@ def test_every_figure_has_a_text_alternative(report: Path) -> None:
     assert len(charts) == 3 * len(AXES)
     assert all("Line chart" in text for text in charts)
     paths = [str(attributes["aria-label"]) for attributes in figures if "data-axis" not in attributes]
-    assert len(paths) == 5  # exact scene, PickScore, second judge, diversity, drift
-    assert all("trained reward from" in text for text in paths)
+    assert len(paths) == 1 + 5  # the opening; exact scene, PickScore, second judge, diversity, drift
+    assert "Line chart of GenEval (official)" in paths[0]
+    assert all("trained reward from" in text for text in paths[1:])
     assert all(attributes.get("aria-hidden") == "true" for attributes in page.all("svg"))
 
 
@@ -108,12 +124,10 @@ def test_one_axis_is_shown_and_the_switch_offers_all(report: Path) -> None:
 
 def test_the_switch_of_the_axis_needs_no_script(report: Path) -> None:
     text = (report / "index.html").read_text()
-    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("style", "script"))
+    style = re.search("<style>(.*?)</style>", text, re.S)
     assert style
-    assert script
     for axis in AXES:
         assert f'#curves:has(input[value="{axis.key}"]:checked) [data-axis="{axis.key}"] {{ display: block' in style[1]
-    assert "axis" not in script[1]
     page = Page(text)
     kinds = {attributes["type"] for attributes in page.all("input") if attributes.get("name") == "axis"}
     assert kinds == {"radio"}  # reached and moved by keys
@@ -133,7 +147,7 @@ def test_the_gallery_has_a_slider_over_what_was_recorded(report: Path) -> None:
 def test_sections_come_in_order_and_the_verdict_in_words(report: Path) -> None:
     page = Page((report / "index.html").read_text())
     sections = [attributes["id"] for attributes in page.all("section")]
-    assert sections == ["verdict", "curves", "geneval", "hacking", "samples", "cost", "provenance"]
+    assert sections == ["answer", "verdict", "curves", "geneval", "hacking", "samples", "cost", "provenance"]
     assert "Trained on geneval: diffusion_nft" in (report / "index.html").read_text()
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
@@ -110,3 +111,19 @@ def test_the_engine_gets_blue_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0][0, 0].tolist() == [0, 0, 200]
     monkeypatch.setattr(Result, "txts", None)
     assert reader(picture) == ""
+
+
+def test_the_engine_itself_reads_what_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+
+    def written(text: str, colour: str, ground: str) -> NDArray[np.uint8]:
+        picture = Image.new("RGB", (256, 256), ground)
+        ImageDraw.Draw(picture).text((20, 104), text, fill=colour, font=ImageFont.load_default(40))
+        return np.asarray(picture)
+
+    pictures = [written("OPEN NOW", "red", "blue"), written("CLOSED", "black", "white"), written("", "black", "white")]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    scores = OcrScore("rapidocr").score(images, [SIGN] * 3)["reward"]
+    assert scores.tolist() == [1, 0, 0]
+    assert capfd.readouterr().err == ""  # nothing is said of images without text

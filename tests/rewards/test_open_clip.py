@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.aesthetic import AestheticScore
 from alignbench.rewards.clip import OpenClip
 from alignbench.rewards.text_image import ClipScore
+from tests.tiny_rewards import aesthetic_file
 
 TEXTS = ["a red dog", "a cat", "a red dog", "two big cats and a dog"]
-WIDTHS = (12, 1024, 128, 64, 16, 1)
 
 
 def prompts(texts: list[str]) -> list[Prompt]:
@@ -57,20 +56,11 @@ def reward(tiny_clip: Path) -> ClipScore:
     return ClipScore(f"local-dir:{tiny_clip}", None, name="clipscore")
 
 
-def aesthetic_file(folder: Path, features: int = 12) -> Path:
-    torch.manual_seed(2)
-    weights = {}
-    sizes = (features, *WIDTHS[1:])
-    for layer, (before, after) in zip((0, 2, 4, 6, 7), pairwise(sizes), strict=True):
-        weights[f"layers.{layer}.weight"] = torch.randn(after, before) / before**0.5
-        weights[f"layers.{layer}.bias"] = torch.randn(after)
-    torch.save(weights, folder / "predictor.pth")
-    return folder / "predictor.pth"
-
-
 @pytest.fixture
 def aesthetic(tiny_clip: Path, tmp_path: Path) -> AestheticScore:
-    return AestheticScore(str(aesthetic_file(tmp_path)), clip=f"local-dir:{tiny_clip}", clip_weights=None)
+    return AestheticScore(
+        str(aesthetic_file(tmp_path / "predictor.pth")), clip=f"local-dir:{tiny_clip}", clip_weights=None
+    )
 
 
 def test_the_score_is_the_cosine_of_the_raw_model(tiny_clip: Path, reward: ClipScore) -> None:
@@ -180,7 +170,7 @@ def test_the_aesthetic_score_is_a_chain_of_products(tiny_clip: Path, tmp_path: P
 
 
 def test_a_predictor_of_another_model_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
-    other = aesthetic_file(tmp_path, features=20)
+    other = aesthetic_file(tmp_path / "other.pth", features=20)
     with pytest.raises(CheckpointError, match="not a predictor of 12 features"):
         AestheticScore(str(other), clip=f"local-dir:{tiny_clip}", clip_weights=None)
     with pytest.raises(CheckpointError, match=r"no weights at gone\.pth: expected the path"):

@@ -1,4 +1,3 @@
-import string
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
 )
 
 from alignbench.errors import CheckpointError
@@ -24,50 +19,9 @@ from alignbench.rewards.text_image import PickScore, Preprocessing
 TEXTS = ["a red dog", "a cat", "a red dog", "two big cats and a dog"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIPModel of 32 x 32 pixels with a letter tokenizer, saved as any CLIP checkpoint is."""
-    pieces = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
-    vocabulary = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24)
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12, logit_scale_init_value=3.0
-    )
-    model = CLIPModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    images = CLIPImageProcessor(
-        size={"shortest_edge": 32},
-        crop_size={"height": 32, "width": 32},
-        image_mean=[0.4, 0.5, 0.6],
-        image_std=[0.2, 0.3, 0.25],
-    )
-    path = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(path)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tiny_pickscore: Path) -> Path:
+    return tiny_pickscore
 
 
 @pytest.fixture
@@ -262,6 +216,23 @@ def test_missing_processor(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="image processor"):
         PickScore(bare)
     assert PickScore(bare, folder).name == "pickscore"  # the processor may live elsewhere, as PickScore_v1's does
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers makes one that reads nothing: every text would have one embedding."""
+    bare = copy_of(folder, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"bare has \d tokens, .*bare was trained on 54: its voc"):
+        PickScore(bare)
+
+
+def test_weights_of_another_configuration(folder: Path, tmp_path: Path) -> None:
+    other = copy_of(folder, tmp_path / "other")
+    (other / "config.json").unlink()  # transformers takes the default of the class then
+    with pytest.raises(
+        CheckpointError, match=r"other: its weights have other shapes than its config\.json says\. Expec"
+    ):
+        PickScore(other)
 
 
 def test_another_filter_is_refused(folder: Path) -> None:

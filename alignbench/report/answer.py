@@ -1,0 +1,205 @@
+"""The first screen: which method for a task at its budget, and what it breaks.
+
+One comparison leads the page: that of GenEval where there is one, else the one with the most finished runs. Words and
+bold type say only what an interval supports, as in the verdict on all comparisons below.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignbench.report.data import AXES, Comparison, Records, Study, TrainingRun
+from alignbench.report.matched import changes
+from alignbench.report.statistics import Interval, t_interval, welch_difference
+from alignbench.report.tables import (
+    CLAIM_RUNS,
+    DASH,
+    MINUS,
+    Cell,
+    Column,
+    Entry,
+    Group,
+    Row,
+    Table,
+    base_cell,
+    best,
+    by_protocol,
+    cost_text,
+    entries,
+    interval_cell,
+    number,
+    protocol_title,
+    runs_cell,
+    slug,
+    title_of,
+)
+from alignbench.report.verdict import HELD_OUT, difference_cell, goal, guided, is_trained, listed, signed
+
+BREAKS_BY_FALLING = (*HELD_OUT, "diversity")
+BREAKS_BY_RISING = ("invalid_share",)
+SHARES = (0.25, 0.5)  # of the budget, beside the whole of it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The question in words, the answer in words, the table it is read from, and what its curve shows."""
+
+    question: str
+    sentences: tuple[str, ...]
+    table: Table
+    comparison: Comparison
+    metric: str
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method's final scores: how far the metric of the task moved, and what got worse beyond the interval."""
+
+    entry: Entry
+    change: Interval
+    broken: tuple[tuple[str, Interval], ...]
+
+    @property
+    def label(self) -> str:
+        return self.entry.label
+
+
+def leading(records: Records) -> tuple[Study, Comparison, str] | None:
+    """(study, comparison, hash of the final protocol) that the page opens with; None without finished runs."""
+
+    def weight(found: tuple[Study, Comparison, str]) -> tuple[bool, bool, int]:
+        reward, runs = found[1].reward, found[1].runs
+        return reward == "geneval", reward.startswith("geneval"), sum(run.finished for run in runs)
+
+    candidates = [
+        (part, comparison, key)
+        for study in records.studies
+        for key, part in by_protocol(study, lambda run: run.final_hash)
+        for comparison in part.comparisons
+        if any(run.finished for run in comparison.runs)
+    ]
+    return max(candidates, key=weight, default=None)
+
+
+def budget_text(runs: Sequence[TrainingRun], share: float = 1.0) -> str:
+    """What the runs may spend, or a share of it, with its unit: "7.5 TFLOP"; empty where they differ."""
+    budgets = {run.budget() for run in runs}
+    if len(budgets) != 1:
+        return ""
+    ((key, amount),) = budgets
+    axis = next(axis for axis in AXES if axis.key == key)
+    text = cost_text(axis, share * amount)
+    return text if axis.key == "flops" else f"{text} {axis.unit}"
+
+
+def answer(records: Records) -> Answer | None:
+    """The page's opening; None without a finished run."""
+    found = leading(records)
+    if found is None:
+        return None
+    study, comparison, key = found
+    target = goal(comparison)
+    metric = target[0] if target and any(target[0] in run.recorded for run in comparison.runs) else "reward"
+    scale = min(run.curve_guidance for run in comparison.runs)
+    scored = [entry for entry in entries(comparison, key) if entry.values(metric)]
+    methods = [_contender(entry, key, metric) for entry in scored if entry.label and entry.guidance == scale]
+    methods.sort(key=lambda each: -float(np.mean(each.entry.values(metric))))
+    budget = budget_text(comparison.runs)
+    name = title_of(metric) if metric != "reward" else comparison.reward
+    question = f"Which method for {name}{f' at {budget}' if budget else ''}, and what does it break?"
+    said = (*_choice(methods, metric), *guided(scored, [each.entry for each in methods], scale, metric))
+    table = _table(study, comparison, records.protocols, key, metric, scored, methods)
+    return Answer(question, said, table, comparison, metric)
+
+
+def _contender(entry: Entry, key: str, metric: str) -> Contender:
+    worse = []
+    for other in (*BREAKS_BY_FALLING, *BREAKS_BY_RISING):
+        moved = entry.difference(key, other)
+        aim = other == metric or is_trained(entry.comparison, other)
+        if not aim and (moved.above(0) if other in BREAKS_BY_RISING else moved.below(0)):
+            worse.append((other, moved))
+    return Contender(entry, entry.difference(key, metric), tuple(worse))
+
+
+def _broken(method: Contender) -> str:
+    return ", ".join(f"{title_of(metric).lower()} {signed(moved)}" for metric, moved in method.broken)
+
+
+def _choice(methods: Sequence[Contender], metric: str) -> list[str]:
+    """Which method, how sure that is, and what it breaks."""
+    if not methods:
+        return ["No finished run: no answer yet."]
+    fewest = min(len(each.entry.rows) for each in methods)
+    runs = f"n = {fewest} runs a method" + (", a preview" if fewest < CLAIM_RUNS else "")
+    raising = [each for each in methods if each.change.above(0)]
+    if fewest < 2:
+        return [f"Not decided: {methods[0].label} has the highest mean, but single runs have no interval."]
+    if not raising:
+        return [f"None: no method is shown to raise it above the base ({runs})."]
+    first = raising[0]
+    values = first.entry.values(metric)
+    same = [
+        each.label
+        for each in methods
+        if each is not first and not welch_difference(values, each.entry.values(metric)).above(0)
+    ]
+    end = f"ends at {number(float(np.mean(values)))}, {signed(first.change)} from the base"
+    if same:
+        lead = f"{first.label}, with the highest mean of those shown to raise it: it {end}"
+        said = [f"{lead}; it cannot be told apart from {listed(same)} ({runs})."]
+    elif len(methods) > 1:
+        rest = "the other method" if len(methods) == 2 else "every other method"
+        said = [f"{first.label}: it {end}, above {rest} beyond the 95% interval ({runs})."]
+    else:
+        said = [f"{first.label} is the only one with finished runs: it {end} ({runs})."]
+    harm = _broken(first)
+    said.append(f"What {first.label} breaks: {harm}." if harm else f"{first.label} is not shown to break anything.")
+    return said
+
+
+def _table(
+    study: Study,
+    comparison: Comparison,
+    protocols: Mapping[str, Mapping[str, Any]],
+    key: str,
+    metric: str,
+    scored: Sequence[Entry],
+    methods: Sequence[Contender],
+) -> Table:
+    """Base rows, then methods by their mean: final score, change, earlier changes, what broke."""
+    rows = [
+        Row(
+            (Cell("base", f"guidance {e.guidance:g}"), base_cell(e, metric), *[Cell("")] * (len(SHARES) + 3)), base=True
+        )
+        for e in scored
+        if not e.label
+    ]
+    tidy: list[dict[str, Any]] = []
+    for each in methods:
+        values, runs = each.entry.values(metric), each.entry.runs
+        score = t_interval(values)
+        cells = [Cell(each.label), interval_cell(score, bold=best(each.entry, scored, metric))]
+        cells.append(difference_cell(each.change))
+        record: dict[str, Any] = {"trained_on": comparison.reward, "method": each.label, "protocol_hash": key}
+        record |= {"metric": metric, "n": score.n, "mean": score.mean, "low": score.low, "high": score.high}
+        record |= {"difference": each.change.mean, "broken": _broken(each)}
+        for share in SHARES:
+            moved = changes(runs, share, metric)
+            cells.append(difference_cell(moved))
+            record[f"difference_at_{share:g}"] = moved.mean
+        broken = Cell(_broken(each), flag=True) if each.broken else Cell("nothing shown" if score.n > 1 else DASH)
+        rows.append(Row((*cells, broken, runs_cell(len(values))), each.label))
+        tidy.append(record)
+    earlier = [Column(f"{MINUS} base at {share:.0%}", budget_text(comparison.runs, share)) for share in SHARES]
+    columns = (
+        Column("Method", numeric=False), Column(title_of(metric), "final"), Column(f"{MINUS} base", "final"), *earlier,
+        Column("What it breaks", f"final {MINUS} base", numeric=False), Column("Runs"),
+    )  # fmt: skip
+    during = " and ".join(sorted({protocol_title(protocols, run.curve_hash) for run in comparison.runs}))
+    notes = (f"Final: protocol {protocol_title(protocols, key)}. Shares of the budget: protocol {during}.",)
+    title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
+    groups = (Group("", tuple(rows)),)
+    return Table(slug("answer", study.experiment, study.model), title, columns, groups, notes, tuple(tidy))

@@ -1,0 +1,217 @@
+"""`python -m alignbench.status results/`: which runs of a grid are done, running, failed, stopped or missing.
+
+Reads the records and nothing else, at any time and from any machine that sees them. A cell of the grid is a method, a
+reward and a seed that occur in an experiment; one without a folder is missing.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignbench.errors import RecordError
+from alignbench.records import ROW_FILES, Run, find_runs, read_run, writer
+
+State = Literal["done", "running", "failed", "stopped", "missing"]
+COLOURS: dict[State, str] = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "stopped": "yellow",  # the same command continues it
+    "missing": "bright_black",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the grid.
+
+    Attributes:
+        fraction: of the budget that is used, in [0, 1]; None if the records do not say.
+        seconds_left: of a running one; None before the first iteration ends.
+        message: why it failed, or what is wrong with its records.
+    """
+
+    experiment: str
+    model: str
+    reward: str
+    method: str
+    seed: int
+    state: State
+    fraction: float | None = None
+    seconds_left: float | None = None
+    message: str = ""
+
+
+def grid(root: Path) -> list[Cell]:
+    """Every cell of every experiment at or below a folder, missing ones included.
+
+    Raises:
+        RecordError: no such folder.
+    """
+    found: dict[str, list[Cell]] = {}
+    for folder in find_runs(root):
+        cell = read_cell(folder)
+        if cell is not None:
+            found.setdefault(cell.experiment, []).append(cell)
+    return [cell for cells in found.values() for cell in completed(cells)]
+
+
+def completed(cells: Sequence[Cell]) -> list[Cell]:
+    """An experiment's cells and those that its grid lacks, sorted."""
+    known = {(cell.model, cell.reward, cell.method, cell.seed): cell for cell in cells}
+    models, rewards, methods = ({getattr(cell, axis) for cell in cells} for axis in ("model", "reward", "method"))
+    places = itertools.product(sorted(models), sorted(rewards), sorted(methods), sorted({cell.seed for cell in cells}))
+    return [known.get(place) or Cell(cells[0].experiment, *place, state="missing") for place in places]
+
+
+def read_cell(folder: Path) -> Cell | None:
+    """The cell whose run lies in a folder; None if it holds no training run."""
+    experiment, model, reward, method, seed = ("", "", "", "", *folder.resolve().parts)[-5:]
+    run = read_run(folder)
+    if not re.fullmatch(r"seed\d+", seed) or run.run.get("kind") == "evaluated":
+        return None
+    state, message = state_of(run)
+    fraction = run.metrics[-1].get("fraction") if run.metrics else None
+    return Cell(
+        experiment=experiment,
+        model=model,
+        reward=reward,
+        method=method,
+        seed=int(seed.removeprefix("seed")),
+        state=state,
+        fraction=fraction if isinstance(fraction, int | float) else None,
+        seconds_left=seconds_left(run) if state == "running" else None,
+        message=message,
+    )
+
+
+def state_of(run: Run) -> tuple[State, str]:
+    """How a run stands, and why. A run that says "running" without a process that writes it was killed: stopped."""
+    status = run.status.get("status")
+    if status == "done":
+        return "done", ""
+    if writer(run.folder) is not None:
+        return "running", ""
+    if status in ("failed", "out_of_memory"):
+        return "failed", str(run.status.get("message", ""))
+    return "stopped", "; ".join(run.problems)
+
+
+def seconds_left(run: Run) -> float | None:
+    """Estimate for a running run: rollout and training in proportion to the budget, evaluations to their passes."""
+    try:
+        last, base = run.metrics[-1], [row for row in run.evaluations if row["weights"] == "base"]
+        clock, fraction = last["volatile"]["seconds"], last["fraction"]
+        training = clock["total"] * max(0.0, 1 - fraction) / fraction
+        measured = sum(row["cost"]["nfe"] for row in run.evaluations if not row["volatile"]["reused_from"])
+        if measured:
+            pace = run.evaluations[-1]["volatile"]["seconds"]["evaluation"] / measured
+        else:
+            pace = clock["total"] / last["ledger"]["nfe"]
+        curve, *final = base
+        ended = sum(row["weights"] != "base" and row["protocol"] != curve["protocol"] for row in run.evaluations)
+        due = [curve for each in run.config["evaluation"]["fractions"] if each > fraction]
+        due += [*final, curve][ended:]
+        left = float(training + pace * sum(row["cost"]["nfe"] for row in due))
+        changed = max((run.folder / name).stat().st_mtime for name in ("status.json", *ROW_FILES))
+        return round(max(0.0, left - (time.time() - changed)), 1)
+    except (LookupError, TypeError, ValueError, ArithmeticError, OSError):  # nothing measured yet, or damaged rows
+        return None
+
+
+def duration(seconds: float) -> str:
+    """To two significant digits or so: 40 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def shown(cell: Cell) -> Text:
+    """A cell of the table."""
+    text: str = cell.state
+    if cell.state in ("running", "stopped") and cell.fraction is not None:
+        text = f"{text} {100 * cell.fraction:.0f}%"
+    if cell.seconds_left is not None:
+        text = f"{text}, {duration(cell.seconds_left)}"
+    return Text(text, COLOURS[cell.state])
+
+
+def tables(cells: Sequence[Cell]) -> Iterable[Table | Text]:
+    """A table for each experiment, a line for each cell that has something to say, and the totals."""
+    for experiment, group in itertools.groupby(cells, key=lambda cell: cell.experiment):
+        members = list(group)
+        models = {cell.model for cell in members}
+        seeds = sorted({cell.seed for cell in members})
+        table = Table(title=experiment, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for name in [*(["model"] if len(models) > 1 else []), "reward", "method"]:
+            table.add_column(name, overflow="fold")
+        for seed in seeds:
+            table.add_column(f"seed {seed}", no_wrap=True)
+        for (model, reward, method), row in itertools.groupby(members, key=lambda c: (c.model, c.reward, c.method)):
+            table.add_row(*([model] if len(models) > 1 else []), reward, method, *map(shown, row))
+        yield table
+        for cell in members:
+            if cell.message:
+                where = f"{cell.model}/{cell.reward}/{cell.method}/seed{cell.seed}"
+                yield Text(f"{where}: {cell.message}", COLOURS[cell.state])
+        yield Text()
+    yield Text(summary(cells))
+
+
+def totals(cells: Sequence[Cell]) -> dict[str, int]:
+    """How many cells are in each state."""
+    counted = Counter(cell.state for cell in cells)
+    return {state: counted[state] for state in COLOURS}
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """The totals in one line."""
+    if not cells:
+        return "no runs here"
+    parts = ", ".join(f"{number} {state}" for state, number in totals(cells).items() if number)
+    left = [cell.seconds_left for cell in cells if cell.seconds_left is not None]
+    ends = f"; the running ones end in about {duration(max(left))}" if left else ""
+    return f"{len(cells)} cells: {parts}{ends}"
+
+
+def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The same for machines."""
+    return {"cells": [vars(cell) for cell in cells], "totals": totals(cells)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 1 if there is no such folder."""
+    parser = argparse.ArgumentParser(prog="python -m alignbench.status", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(arguments)
+    try:
+        cells = grid(options.results)
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(as_json(cells), indent=1))
+        return 0
+    console = Console(highlight=False)
+    for part in tables(cells):
+        console.print(part)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

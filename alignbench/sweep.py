@@ -1,0 +1,124 @@
+"""A sweep: every cell of the grid is a run with records of its own, and one that fails does not stop the others.
+
+Hydra's launchers run cells in this process, in others or on other machines. How each cell ended is therefore a file in
+the sweep's folder, ``<results>/.sweep/<time>/<number>.json``, from which the table at the end is drawn.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
+
+from alignbench.configuration import run_folder
+from alignbench.errors import AlignbenchError, LockedError
+from alignbench.records import atomic_write, read_run
+
+COLOURS = {  # by outcome
+    "planned": "bright_black",
+    "done": "green",
+    "skipped": "green",
+    "left": "cyan",
+    "stopped": "yellow",
+    "failed": "red",
+}
+_begun: list[Path] = []  # the folder of this process's sweep
+
+
+class Begin(Callback):
+    """Hydra's callback that says where the cells of a sweep note how they ended."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A sweep begins."""
+        _begun.append(Path(config.hydra.sweep.dir))
+
+
+def cell(config: DictConfig) -> None:
+    """Run one cell and note how it ended. An error is told, and the sweep goes on; Ctrl-C goes through."""
+    from alignbench import schema
+    from alignbench.run import run
+
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    gc.collect()  # of the cell before: its model should be gone when this one's is loaded
+    outcome, message = "done", ""
+    try:
+        schema.check(config)
+        if config.dry_run:
+            outcome = "planned"
+        elif read_run(run_folder(config, overrides)).status.get("status") == "done":
+            outcome = "skipped"
+        run(config, overrides)
+    except BaseException as error:
+        several = isinstance(error, SystemExit) and isinstance(error.__cause__, Exception)  # processes end so, and tell
+        cause = error.__cause__ or error if several else error
+        outcome, message = _verdict(cause)
+        if not isinstance(cause, Exception):
+            raise
+        if not several:
+            _tell(cause)
+    finally:
+        if os.environ.get("RANK", "0") == "0":  # the process that writes records
+            note = {"overrides": overrides, "outcome": outcome, "message": message}
+            atomic_write(Path(job.sweep.dir) / f"{job.job.num}.json", json.dumps(note, indent=1) + "\n")
+
+
+def _verdict(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, LockedError):
+        return "left", f"to {error.writer}"
+    if isinstance(error, AlignbenchError):
+        return "failed", str(error)
+    if isinstance(error, Exception):
+        return "failed", f"{type(error).__name__}: {error}"
+    return "stopped", "the same command continues it"
+
+
+def _tell(error: Exception) -> None:
+    """What the command of a single run would say of an error, in a sweep that goes on."""
+    if isinstance(error, LockedError):
+        print(f"{error.folder}: left to {error.writer}, which is writing it", flush=True)
+    elif isinstance(error, AlignbenchError):
+        print(f"alignbench: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+
+
+@contextmanager
+def concluded() -> Iterator[None]:
+    """End a sweep that is begun inside with a table of its cells, and with exit status 1 if one failed."""
+    _begun.clear()
+    try:
+        yield
+    finally:
+        cells = [cell for folder in _begun for cell in _cells(folder)]
+        if cells:
+            _print(cells)
+    if any(cell["outcome"] == "failed" for cell in cells):
+        sys.exit(1)
+
+
+def _cells(sweep: Path) -> list[dict[str, Any]]:
+    notes = sorted(sweep.glob("*.json"), key=lambda note: int(note.stem))
+    return [json.loads(note.read_bytes()) for note in notes]
+
+
+def _print(cells: Sequence[dict[str, Any]]) -> None:
+    same = set.intersection(*(set(cell["overrides"]) for cell in cells)) if len(cells) > 1 else set()
+    counted = Counter(cell["outcome"] for cell in cells)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("\nsweep: " + ", ".join(f"{counted[name]} {name}" for name in COLOURS if name in counted))
+    for each in cells:
+        chosen = " ".join(override for override in each["overrides"] if override not in same)
+        told = f"{chosen}: {each['message']}" if each["message"] else chosen
+        console.print(Text.assemble("  ", (f"{each['outcome']:<8} ", COLOURS[each["outcome"]]), told))

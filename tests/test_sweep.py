@@ -1,0 +1,210 @@
+"""Sweeps: what becomes of each cell, with every launcher, and with two sweeps on one grid."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from alignbench import assembly, sweep
+from alignbench.__main__ import main
+from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
+from alignbench.prompts.prompt import Prompt
+from alignbench.records import RunDirectory, writer
+from alignbench.run import Loop
+from tests.stand_ins import Red
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class Waits(Red):
+    """Scores nothing as long as a file exists."""
+
+    def __init__(self, until_gone: str) -> None:
+        self.file = Path(until_gone)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        while self.file.exists():
+            time.sleep(0.05)
+        return super().score(images, prompts)
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make a cell two iterations on the tiny checkpoint."""
+    (tmp_path / "prompts.txt").write_text("ab\ncd\nef\ngh\n")
+    return [
+        f"results={tmp_path / 'results'}",
+        f"model.policy.source={tiny_checkpoint}",
+        "prompts=file",
+        f"prompts.path={tmp_path / 'prompts.txt'}",
+        "method.batch.prompts=2",
+        "method.batch.images=4",
+        "method.rollout.steps=3",
+        "reward=exact_scene",
+        "reward.parts.exact_scene.shapes._target_=tests.stand_ins.Red",
+        "~evaluation.scorers.geneval",
+        "~evaluation.scorers.pickscore",
+        "~evaluation.scorers.judge",
+        "evaluation.features=null",
+        "evaluation.published=false",
+        "evaluation.fractions=[0,1]",
+        "evaluation.curve.images_per_tag=4",
+        "evaluation.final.images_per_tag=4",
+        "budget.flops=null",
+        "budget.iterations=2",
+        "device=cpu",
+        "progress=false",
+    ]
+
+
+def swept(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """Run a sweep in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["alignbench", "-m", *arguments])
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "alignbench", "-m", *arguments]
+
+
+def outcomes(results: Path) -> list[list[tuple[str, str]]]:
+    """(outcome, message) of each cell of each sweep, in order."""
+    sweeps = sorted((results / ".sweep").iterdir())
+    return [[(cell["outcome"], cell["message"]) for cell in sweep._cells(folder)] for folder in sweeps]
+
+
+def cell_of(results: Path, method: str, seed: int) -> Path:
+    (folder,) = results.glob(f"default/shapes/exact_scene/{method}@*/seed{seed}")
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_cell_does_not_stop_the_others_and_finished_ones_are_skipped(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, assembled, loaded = tmp_path / "results", [], []
+    assemble, iterate = assembly.assemble, Loop.iterate
+
+    def counted(config: Any, processes: Any) -> Any:
+        assembled.append((config.method.name, config.seed))
+        loaded.append(sum(type(thing) is StableDiffusion3Policy for thing in gc.get_objects()))
+        return assemble(config, processes)
+
+    def faulty(self: Loop) -> dict[str, Any]:
+        if self.config.seed == 1 and self.clock.iteration == 1:
+            raise ZeroDivisionError("a mistake")
+        return iterate(self)
+
+    monkeypatch.setattr(assembly, "_git", lambda: {"commit": "abc", "dirty": False})
+    monkeypatch.setattr(assembly, "assemble", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "iterate", faulty)
+        assert swept(patch, *tiny, "method=dpo,flow_grpo", "seed=0,1") == 1
+    indivisible = (
+        "2 prompts x 4 images = 8 images cannot be split into 6 equal updates; method.batch.updates must divide 8"
+    )
+    told = capsys.readouterr()
+    assert "ZeroDivisionError: a mistake" in told.err
+    assert "sweep: 1 done, 3 failed" in told.out
+    assembled.clear()
+    assert swept(monkeypatch, *tiny, "method=dpo,flow_grpo", "seed=0,1") == 1
+    assert ("flow_grpo", 0) not in assembled  # nothing was loaded for it
+    assert not any(loaded)  # the model of a cell is gone when the next one's is loaded, also after an error
+    assert outcomes(results) == [
+        [("failed", indivisible), ("failed", indivisible), ("done", ""), ("failed", "ZeroDivisionError: a mistake")],
+        [("failed", indivisible), ("failed", indivisible), ("skipped", ""), ("done", "")],
+    ]
+    printed = capsys.readouterr().out
+    finished = cell_of(results, "flow_grpo", 0)
+    assert [line for line in printed.splitlines() if str(finished) in line] == [f"{finished}: already done, skipped"]
+    assert "  skipped  method=flow_grpo seed=0\n  done     method=flow_grpo seed=1\n" in printed
+    assert [row["iteration"] for row in rows(cell_of(results, "flow_grpo", 1))] == [1, 2]
+
+
+def test_ctrl_c_stops_the_sweep_and_the_same_command_continues_it(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append = RunDirectory.append_metrics
+
+    def interrupting(self: RunDirectory, row: dict[str, Any]) -> None:
+        append(self, row)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append_metrics", interrupting)
+        assert swept(patch, *tiny, "method=flow_grpo", "seed=0,1") == 130
+    assert "sweep: 1 stopped" in capsys.readouterr().out
+    results = tmp_path / "results"
+    assert len(list(results.rglob("status.json"))) == 1  # the second cell was not begun
+    assert swept(monkeypatch, *tiny, "method=flow_grpo", "seed=0,1") == 0
+    assert [[name for name, _ in cells] for cells in outcomes(results)] == [["stopped"], ["done", "done"]]
+    assert [row["volatile"]["wasted_nfe"] > 0 for row in rows(cell_of(results, "flow_grpo", 0))] == [False, True]
+
+
+def test_two_sweeps_share_a_grid_and_one_goes_on_when_the_other_is_killed(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is killed in cell 0 while the second one, which has left that to it, is in cell 1."""
+    results, hold = tmp_path / "results", tmp_path / "hold"
+    hold.touch()
+    waiting = [f"reward.parts.exact_scene.shapes._target_={__name__}.Waits"]
+    waiting += [f"+reward.parts.exact_scene.shapes.until_gone={hold}"]
+    grid = [*tiny, *waiting, "method=flow_grpo", "seed=0,1"]
+    log = (tmp_path / "log").open("w+")
+
+    def started(seed: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command(*grid), stdout=log, stderr=log, env=ENVIRONMENT)
+        end = time.monotonic() + 600
+        while not any(writer(folder) for folder in results.glob(f"default/*/*/*/seed{seed}")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        return process
+
+    first = started(seed=0)
+    second = started(seed=1)
+    assert writer(cell_of(results, "flow_grpo", 0)) == f"process {first.pid}"
+    first.kill()
+    first.wait(timeout=60)
+    assert writer(cell_of(results, "flow_grpo", 0)) is None
+    hold.unlink()
+    assert second.wait(timeout=600) == 0
+    assert outcomes(results) == [[], [("left", f"to process {first.pid}"), ("done", "")]]
+
+    before = cell_of(results, "flow_grpo", 1).joinpath("metrics.jsonl").read_bytes()
+    assert swept(monkeypatch, *grid) == 0
+    assert outcomes(results)[2] == [("done", ""), ("skipped", "")]
+    assert cell_of(results, "flow_grpo", 1).joinpath("metrics.jsonl").read_bytes() == before
+    for seed in (0, 1):
+        assert [row["iteration"] for row in rows(cell_of(results, "flow_grpo", seed))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "methods", "ended"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], "flow_grpo,dpo", "1 done, 1 failed"),
+        (["hydra/launcher=submitit_local"], "flow_grpo", "1 done"),
+    ],
+)
+def test_launchers(tiny: list[str], tmp_path: Path, launcher: list[str], methods: str, ended: str) -> None:
+    arguments = command(*tiny, *launcher, f"method={methods}")
+    finished = subprocess.run(arguments, timeout=600, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert finished.returncode == int("failed" in ended), finished.stderr
+    assert f"sweep: {ended}\n" in finished.stdout
+    assert [row["iteration"] for row in rows(cell_of(tmp_path / "results", "flow_grpo", 0))] == [1, 2]
