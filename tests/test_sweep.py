@@ -95,15 +95,22 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def policies() -> int:
+    """How many models this process holds."""
+    return sum(type(thing) is StableDiffusion3Policy for thing in gc.get_objects())
+
+
 def test_a_failed_cell_does_not_stop_the_others_and_finished_ones_are_skipped(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, assembled, loaded = tmp_path / "results", [], []
+    gc.collect()
+    others = policies()  # of tests before this one
     assemble, iterate = assembly.assemble, Loop.iterate
 
     def counted(config: Any, processes: Any) -> Any:
         assembled.append((config.method.name, config.seed))
-        loaded.append(sum(type(thing) is StableDiffusion3Policy for thing in gc.get_objects()))
+        loaded.append(policies() - others)
         return assemble(config, processes)
 
     def faulty(self: Loop) -> dict[str, Any]:

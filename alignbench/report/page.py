@@ -344,6 +344,9 @@ def build(paths: Sequence[Path], output: Path, say: Callable[[str], None] = prin
     figures = sum(name.startswith("figures/") for name in written.files)
     say(f"wrote {figures} figures to {output / 'figures'}")
     say(f"wrote {sum(name.startswith('tables/') for name in written.files)} tables to {output / 'tables'}")
+    given = answer(records)
+    if given is not None:
+        say("\n".join(["", given.question, *given.sentences, "", tables.markdown(given.table)]))
     page = output / "index.html"
     say(f"report: {page} ({len(written.files['index.html']) / 1e6:.1f} MB)")
     return page
