@@ -132,13 +132,16 @@ def _choice(methods: Sequence[Contender], metric: str) -> list[str]:
     """Which method, how sure that is, and what it breaks."""
     if not methods:
         return ["No finished run: no answer yet."]
+    single = [each.label for each in methods if len(each.entry.rows) < 2]
+    if len(single) == len(methods):
+        return [f"Not decided: {methods[0].label} has the highest mean, but single runs have no interval."]
+    methods = [each for each in methods if each.label not in single]
+    left_out = [f"Not in the choice, for single runs have no interval: {listed(single)}."] if single else []
     fewest = min(len(each.entry.rows) for each in methods)
     runs = f"n = {fewest} runs a method" + (", a preview" if fewest < CLAIM_RUNS else "")
     raising = [each for each in methods if each.change.above(0)]
-    if fewest < 2:
-        return [f"Not decided: {methods[0].label} has the highest mean, but single runs have no interval."]
     if not raising:
-        return [f"None: no method is shown to raise it above the base ({runs})."]
+        return [f"None: no method is shown to raise it above the base ({runs}).", *left_out]
     first = raising[0]
     values = first.entry.values(metric)
     same = [
@@ -157,7 +160,7 @@ def _choice(methods: Sequence[Contender], metric: str) -> list[str]:
         said = [f"{first.label} is the only one with finished runs: it {end} ({runs})."]
     harm = _broken(first)
     said.append(f"What {first.label} breaks: {harm}." if harm else f"{first.label} is not shown to break anything.")
-    return said
+    return said + left_out
 
 
 def _table(

@@ -77,6 +77,15 @@ def test_single_runs_decide_nothing(tmp_path: Path) -> None:
     assert asked(tmp_path).sentences[0].startswith("Not decided: diffusion_nft has the highest mean")
 
 
+def test_a_single_run_beside_several_is_left_out_of_the_choice(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "flow_grpo", seed=seed, grids=False)
+    write_run(tmp_path, "diffusion_nft", grids=False)
+    first, *_, left_out, _ = asked(tmp_path).sentences
+    assert first.startswith("flow_grpo is the only one with finished runs")
+    assert left_out == "Not in the choice, for single runs have no interval: diffusion_nft."
+
+
 def test_no_answer_without_a_finished_run(tmp_path: Path) -> None:
     write_run(tmp_path, status="failed", until=0.5, grids=False)
     assert answer(load([tmp_path])) is None
