@@ -26,11 +26,9 @@ def launched(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder in which two processes wrote what every kind of method ended with, in micro-batches of 3."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, *LAUNCHER, "-m", "tests.iterations", str(tiny_checkpoint), str(folder)]
-    for _ in range(2):  # the port that the launcher finds free may be taken before it is bound
-        ended = subprocess.run(command, timeout=900, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-        if ended.returncode == 0:
-            return folder
-    raise AssertionError(ended.stderr)
+    ended = subprocess.run(command, timeout=900, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return folder
 
 
 def close(found: Any, expected: Any, tolerance: float) -> bool:
