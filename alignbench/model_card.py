@@ -1,5 +1,6 @@
 """The model card of exported weights, in the format of the Hugging Face hub: what they are and what they scored."""
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from alignbench.records import Run
 
 NAME = "README.md"
+PICTURE = "curve.png"
 EMBEDDED = "embedded:"
 LOAD = {
     "lora": 'pipe.load_lora_weights("path/to/this/folder")',
@@ -17,10 +19,47 @@ LOAD = {
 }
 
 
-def card(run: Run) -> str:
+def write(run: Run, folder: Path) -> None:
+    """Write the card of a run, with a picture of its curve where matplotlib is installed, beside its weights."""
+    picture = curve(run)
+    if picture is not None:
+        (folder / PICTURE).write_bytes(picture)
+    (folder / NAME).write_text(card(run, picture is not None), encoding="utf-8")
+
+
+def curve(run: Run) -> bytes | None:
+    """A PNG of the trained reward over the budget; None without matplotlib or recorded scores."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # the extra "report"
+        return None
+    rows = [
+        row
+        for row in run.evaluations
+        if row["protocol_hash"] == run.run["protocol_hash"] and row["weights"] in ("base", "evaluation")
+    ]
+    if not rows:
+        return None
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(
+        [100 * row["fraction"] for row in rows],
+        [row["metrics"]["reward"] for row in rows],
+        [row["standard_errors"].get("reward", 0.0) for row in rows],
+        marker="o", capsize=2,
+    )  # fmt: skip
+    axes.set_xlabel("budget used, %")
+    axes.set_ylabel(f"{run.run['reward']}, one standard error")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def card(run: Run, picture: bool = False) -> str:
     """Markdown with a YAML header, from the records of a run alone.
 
-    The licence is left to whoever publishes the weights. A path of this machine stands there by its last part only.
+    `picture`: the folder holds one of the curve, to be shown. The licence is left to whoever publishes the weights. A
+    path of this machine stands there by its last part only.
     """
     model, method, trainable = run.config["model"], run.run["method"], run.config["model"]["policy"]["trainable"]
     source = str(model["policy"]["source"])
@@ -48,6 +87,7 @@ def card(run: Run) -> str:
         f"---\n# license: yours to add; the terms of the base model hold too\n{_dump(header)}---\n",
         f"# {model['name']} trained by {method} on {run.run['reward']}\n",
         "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in facts),
+        *([f"![{run.run['reward']} on held-out prompts over the budget]({PICTURE})\n"] if picture else []),
         *_scores(run),
         "## Use\n",
         _code(base, model["policy"], run.run["final_protocol"]),

@@ -201,7 +201,7 @@ class Loop:
         """Write the final weights, and what they scored as their model card."""
         assert self.records is not None
         self.parts.policy.export(folder, view="evaluation")
-        (folder / model_card.NAME).write_text(model_card.card(read_run(self.records.folder)), encoding="utf-8")
+        model_card.write(read_run(self.records.folder), folder)
 
     def train(self) -> None:
         """Iterations, curve evaluations and checkpoints, until the budget is spent."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 from alignbench.errors import ConfigError
 
@@ -50,9 +50,17 @@ def arguments(target: Callable[..., Any], settings: Mapping[str, Any], where: st
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
-        return inspect.signature(target, eval_str=True).parameters
+        parameters = inspect.signature(target, eval_str=True).parameters
     except NameError:  # a name that is imported for type checkers only: such a signature's types stay unchecked
         return inspect.signature(target).parameters
+    named = {}
+    for name, each in parameters.items():
+        if get_origin(each.annotation) is Unpack:  # ``**options`` whose names and types a TypedDict gives, all optional
+            for key, hint in get_type_hints(get_args(each.annotation)[0]).items():
+                named[key] = each.replace(name=key, kind=each.KEYWORD_ONLY, default=None, annotation=hint)
+        else:
+            named[name] = each
+    return named
 
 
 def checked(value: Any, hint: Any, key: str) -> Any:

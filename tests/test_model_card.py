@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from diffusers import DiffusionPipeline
+from PIL import Image
 
-from alignbench.model_card import card
-from alignbench.records import Run
+from alignbench.model_card import card, curve, write
+from alignbench.records import Run, read_run
 from alignbench.run import run
 from tests.conftest import Compose
 
@@ -37,6 +40,10 @@ def test_the_exported_folder_has_a_card_with_the_recorded_numbers(
         weights = {"base": "base model", "evaluation": "these"}[row["weights"]]
         assert f"| {weights} | {row['guidance']:g} | {value:.4f} ± {error:.4f} | {drift:.4f} |" in body
     assert str(tiny_checkpoint.parent) not in text  # no path of this machine
+    assert "![red on held-out prompts over the budget](curve.png)" in body
+    with Image.open(folder / "lora" / "curve.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 16)) > 2  # type: ignore[arg-type]
     method = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert method == yaml.safe_load((folder / "config.yaml").read_text())["method"]
 
@@ -48,6 +55,27 @@ def test_the_exported_folder_has_a_card_with_the_recorded_numbers(
     names: dict[str, object] = {}
     exec(code, names)
     assert names["image"].size == (16, 16)  # type: ignore[attr-defined]
+
+
+def test_the_curve_is_of_the_records_and_left_out_where_it_cannot_be_drawn(
+    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = read_run(run(tiny_run()))
+    rows = [
+        row | {"metrics": {"reward": 2.0 if row["fraction"] > 0.9 else 0.0}, "standard_errors": {}}
+        for row in trained.evaluations
+    ]
+
+    def with_evaluations(evaluations: list[dict[str, object]]) -> Run:
+        return replace(trained, evaluations=evaluations)
+
+    assert curve(with_evaluations(rows)) != curve(trained)
+    assert curve(with_evaluations([])) is None
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # the extra is not installed
+    assert curve(trained) is None
+    write(trained, tmp_path)
+    assert "curve.png" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "curve.png").exists()
 
 
 def test_a_base_model_of_the_hub_is_linked_and_an_embedded_one_is_found() -> None:

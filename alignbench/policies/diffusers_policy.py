@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -16,9 +16,50 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignbench.errors import ConfigError
 from alignbench.policies.policy import Condition, Policy
+from alignbench.policies.saved_pipeline import WeightSource, load_pipeline
 from alignbench.policies.weights import Weights, add_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Options(TypedDict, total=False):
+    """What `from_pretrained` of every family takes beside the source and what is its own.
+
+    Attributes:
+        revision: commit, tag or branch on the hub.
+        weights: ``pretrained``, or ``random``, which needs configurations and tokenizers alone, to measure costs.
+        dtype: compute dtype of the denoiser: float32 (default), bfloat16 (autocast) or float64 (everything in double).
+        vae_dtype: compute dtype of the autoencoder; default float32 (float64 for a float64 policy).
+        device: of models, latents and images; default cpu.
+        trainable: ``lora`` (default) or ``full``.
+        rank: of LoRA; default 32.
+        alpha: LoRA's outputs are scaled by alpha / rank; default 64.
+        seed: of the values that LoRA starts from; default 0.
+        resolution: side of the images in pixels; default what the checkpoint was made for.
+        gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
+        vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
+        vae_slicing: decode images one at a time: less memory.
+        vae_tiling: decode large images in overlapping tiles: still less, with another result at the seams.
+        offload_text_encoders: keep the text encoders in main memory while they have nothing to read.
+        compile: compile the denoiser for each batch size it meets.
+    """
+
+    revision: str | None
+    weights: WeightSource
+    dtype: str
+    vae_dtype: str | None
+    device: str | torch.device
+    trainable: Literal["lora", "full"]
+    rank: int
+    alpha: float
+    seed: int
+    resolution: int | None
+    gradient_checkpointing: bool
+    vae_gradient_checkpointing: bool
+    vae_slicing: bool
+    vae_tiling: bool
+    offload_text_encoders: bool
+    compile: bool
 
 
 class DiffusersPolicy(Policy):
@@ -45,19 +86,19 @@ class DiffusersPolicy(Policy):
         vae_dtype: torch.dtype,
         device: torch.device,
         trainable: Literal["lora", "full"],
-        rank: int,
-        alpha: float,
         targets: Sequence[str],
-        seed: int,
         latent_shape: tuple[int, int, int],
-        gradient_checkpointing: bool,
-        vae_gradient_checkpointing: bool,
-        vae_slicing: bool,
-        vae_tiling: bool,
-        offload_text_encoders: bool,
-        compile: bool,
+        rank: int = 32,
+        alpha: float = 64.0,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+        vae_gradient_checkpointing: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        offload_text_encoders: bool = False,
+        compile: bool = False,
     ) -> None:
-        """Takes over a loaded pipeline; each family's `from_pretrained` explains the arguments."""
+        """Takes over a loaded pipeline; `Options` explains the arguments."""
         super().__init__()
         self.pipeline = pipeline
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
@@ -96,6 +137,59 @@ class DiffusersPolicy(Policy):
         self._unconditional: Condition | None = None
         self._flops: dict[str, float] | None = None
         self._encoders_ready = not offload_text_encoders
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        weights: WeightSource = "pretrained",
+        dtype: str = "float32",
+        vae_dtype: str | None = None,
+        device: str | torch.device = "cpu",
+        trainable: Literal["lora", "full"] = "lora",
+        **options: Any,
+    ) -> Self:
+        """Loads a checkpoint and makes its denoiser trainable; what every family's `from_pretrained` ends in.
+
+        Args:
+            source: folder of a saved pipeline, or a hub id ``owner/name``.
+            options: see `Options`, and what is the family's own.
+
+        Raises:
+            CheckpointError: the folder is absent, incomplete, truncated or of another pipeline; nothing was loaded yet.
+            ConfigError: an argument that this checkpoint cannot work with.
+        """
+        if trainable not in ("lora", "full"):
+            raise ConfigError(f"trainable must be 'lora' or 'full', got {trainable!r}")
+        compute, vae_compute = _compute_dtypes(dtype, vae_dtype)
+        dtypes = cls.weight_dtypes(compute, torch.float64 if compute == torch.float64 else torch.float32, trainable)
+        pipeline = load_pipeline(cls.pipeline_class, source, revision, weights, cls.check_checkpoint, dtypes)
+        device = torch.device(device)
+        return cls(pipeline, dtype=compute, vae_dtype=vae_compute, device=device, trainable=trainable, **options)
+
+    @classmethod
+    @abstractmethod
+    def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
+        """Checks a saved pipeline by its indexes and safetensors headers, without loading weights.
+
+        Returns:
+            What to load: the content of ``model_index.json``, library and class by component; None where there is none.
+
+        Raises:
+            CheckpointError: naming the file, what was expected and what is there.
+        """
+
+    @classmethod
+    def weight_dtypes(cls, compute: torch.dtype, master: torch.dtype, trainable: str) -> dict[str, torch.dtype]:
+        """What the weights are loaded in, by component or ``default``.
+
+        Args:
+            compute: dtype of the denoiser's calls.
+            master: of weights that are trained: float32, or float64 for a float64 policy.
+        """
+        return {"default": master}
 
     # Text
 
@@ -264,17 +358,7 @@ class DiffusersPolicy(Policy):
         )
 
 
-def check_trainable(trainable: str) -> None:
-    """Refuse what is neither LoRA nor full fine-tuning.
-
-    Raises:
-        ConfigError: another value.
-    """
-    if trainable not in ("lora", "full"):
-        raise ConfigError(f"trainable must be 'lora' or 'full', got {trainable!r}")
-
-
-def compute_dtypes(dtype: str, vae_dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
+def _compute_dtypes(dtype: str, vae_dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
     """The compute dtypes of denoiser and autoencoder; null is float32, or float64 for a float64 policy.
 
     Raises:
@@ -285,11 +369,6 @@ def compute_dtypes(dtype: str, vae_dtype: str | None) -> tuple[torch.dtype, torc
     if (compute == torch.float64) != (vae_compute == torch.float64):
         raise ConfigError(f"dtype and vae_dtype must both be float64 or neither, got {dtype} and {vae_dtype}")
     return compute, vae_compute
-
-
-def master_dtype(compute: torch.dtype) -> torch.dtype:
-    """What weights are loaded in: float64 for a float64 policy, otherwise float32."""
-    return torch.float64 if compute == torch.float64 else torch.float32
 
 
 def latent_side(resolution: int | None, default: int, pixels: int, multiple: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,9 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from alignbench.errors import ConfigError
-from alignbench.policies.diffusers_policy import (
-    DiffusersPolicy,
-    check_trainable,
-    compute_dtypes,
-    latent_side,
-    master_dtype,
-)
+from alignbench.policies.diffusers_policy import DiffusersPolicy, Options, latent_side
 from alignbench.policies.policy import Condition
-from alignbench.policies.saved_pipeline import (
-    Weights,
-    check_components,
-    check_flow_scheduler,
-    load_pipeline,
-    read_index,
-)
+from alignbench.policies.saved_pipeline import WeightSource, check_components, check_flow_scheduler, read_index
 from alignbench.sampling.flow import FlowPath, dynamic_grid, shifted_linspace
 
 LORA_TARGETS = (  # those of Flow-GRPO's official code for FLUX.1-dev
@@ -68,7 +56,7 @@ class FluxPolicy(DiffusersPolicy):
         *,
         guidance_embedding: float | None,
         max_sequence_length: int,
-        resolution: int | None,
+        resolution: int | None = None,
         **options: Any,
     ) -> None:
         """Takes over a loaded pipeline; `from_pretrained` explains the arguments."""
@@ -97,84 +85,41 @@ class FluxPolicy(DiffusersPolicy):
         cls,
         source: str | Path,
         *,
-        revision: str | None = None,
-        weights: Weights = "pretrained",
-        dtype: str = "float32",
-        vae_dtype: str | None = None,
-        device: str | torch.device = "cpu",
-        trainable: Literal["lora", "full"] = "lora",
-        rank: int = 64,
-        alpha: float = 128.0,
         targets: Sequence[str] = LORA_TARGETS,
-        seed: int = 0,
         guidance_embedding: float | None = 3.5,
         max_sequence_length: int = 512,
-        resolution: int | None = None,
-        gradient_checkpointing: bool = False,
-        vae_gradient_checkpointing: bool = False,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        offload_text_encoders: bool = False,
-        compile: bool = False,
-    ) -> FluxPolicy:
-        """Loads a checkpoint and makes its transformer trainable.
+        **options: Unpack[Options],
+    ) -> Self:
+        """Loads a checkpoint and makes its transformer trainable; see `DiffusersPolicy.load`.
+
+        With bfloat16 the T5 encoder is bfloat16 as well, and with LoRA so are all frozen weights of the transformer;
+        the CLIP encoder stays float32. With float64 the rotary embedding stays float32, as diffusers applies it.
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
-            revision: commit, tag or branch on the hub.
-            weights: ``random`` needs the checkpoint's configurations and tokenizers alone, to measure what it costs.
-            dtype: compute dtype of the transformer: float32, bfloat16 (autocast) or float64 (everything in double but
-                the rotary embedding, which diffusers applies in float32). With bfloat16 the T5 encoder is bfloat16 as
-                well, the CLIP encoder stays float32, and with LoRA so are all frozen weights of the transformer.
-            vae_dtype: compute dtype of the autoencoder; default float32 (float64 for a float64 policy).
-            device: of models, latents and images.
-            trainable: ``lora`` (rank, alpha, targets, seed of the initial A) or ``full``.
+            targets: names of the layers that LoRA is added to.
             guidance_embedding: the model's guidance input, in sampling and in training; null for a model without one.
             max_sequence_length: T5 tokens.
-            resolution: side of the images in pixels; default the pipeline's own.
-            gradient_checkpointing: recompute transformer blocks in the backward pass.
-            vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
-            vae_slicing: decode images one at a time: less memory.
-            vae_tiling: decode large images in overlapping tiles: still less, with another result at the seams.
-            offload_text_encoders: keep the text encoders in main memory while they have nothing to read.
-            compile: compile the denoiser for each batch size it meets.
-
-        Raises:
-            CheckpointError: the folder is absent, incomplete, truncated or of another pipeline; nothing was loaded yet.
-            ConfigError: an argument that this checkpoint cannot work with.
+            options: see `Options`.
         """
-        check_trainable(trainable)
-        compute, vae_compute = compute_dtypes(dtype, vae_dtype)
-        master = master_dtype(compute)
+        own = {"guidance_embedding": guidance_embedding, "max_sequence_length": max_sequence_length}
+        return cls.load(source, targets=targets, **own, **options)
+
+    @classmethod
+    def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
+        """See `DiffusersPolicy.check_checkpoint`."""
+        index = read_index(folder, "FluxPipeline", "FLUX.1")
+        check_flow_scheduler(folder, dynamic_shift=True)
+        if weights == "pretrained":
+            models = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+            check_components(folder, index, ("transformer", "vae", *cls.text_encoders), models)
+        return index
+
+    @classmethod
+    def weight_dtypes(cls, compute: torch.dtype, master: torch.dtype, trainable: str) -> dict[str, torch.dtype]:
+        """See `DiffusersPolicy.weight_dtypes`."""
         frozen = compute if trainable == "lora" else master  # the weights are published in bfloat16
-        pipeline = load_pipeline(
-            FluxPipeline,
-            source,
-            revision,
-            weights,
-            check_checkpoint,
-            {"default": master, "transformer": frozen, "text_encoder_2": compute},
-        )
-        return cls(
-            pipeline,
-            dtype=compute,
-            vae_dtype=vae_compute,
-            device=torch.device(device),
-            trainable=trainable,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            seed=seed,
-            guidance_embedding=guidance_embedding,
-            max_sequence_length=max_sequence_length,
-            resolution=resolution,
-            gradient_checkpointing=gradient_checkpointing,
-            vae_gradient_checkpointing=vae_gradient_checkpointing,
-            vae_slicing=vae_slicing,
-            vae_tiling=vae_tiling,
-            offload_text_encoders=offload_text_encoders,
-            compile=compile,
-        )
+        return {"default": master, "transformer": frozen, "text_encoder_2": compute}
 
     @torch.no_grad()
     def encode_text(self, text: str) -> dict[str, Tensor]:
@@ -242,20 +187,3 @@ def dynamic_shift(tokens: int, lengths: tuple[int, int], shifts: tuple[float, fl
     """``mu``, linear in the number of image tokens through (shortest, smallest shift) and (longest, largest shift)."""
     slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
     return shifts[0] + slope * (tokens - lengths[0])
-
-
-def check_checkpoint(folder: Path, weights: Weights = "pretrained") -> dict[str, Any]:
-    """Checks a saved FLUX pipeline by its indexes and safetensors headers, without loading weights.
-
-    Returns:
-        What to load: the content of ``model_index.json``, library and class by component.
-
-    Raises:
-        CheckpointError: naming the file, what was expected and what is there.
-    """
-    index = read_index(folder, "FluxPipeline", "FLUX.1")
-    check_flow_scheduler(folder, dynamic_shift=True)
-    if weights == "pretrained":
-        models = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
-        check_components(folder, index, ("transformer", "vae", *FluxPolicy.text_encoders), models)
-    return index

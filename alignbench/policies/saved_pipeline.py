@@ -19,7 +19,7 @@ from transformers import BatchEncoding
 from alignbench.errors import CheckpointError, ConfigError
 from alignbench.hub import refusal
 
-Weights = Literal["pretrained", "random"]
+WeightSource = Literal["pretrained", "random"]
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # whole; CLIP's before its merges; T5's
 ARCHITECTURES = Path(__file__).parent / "architectures"  # configurations of published checkpoints, by hub id
@@ -29,8 +29,8 @@ def load_pipeline(
     pipeline_class: Any,
     source: str | Path,
     revision: str | None,
-    weights: Weights,
-    check: Callable[[Path, Weights], dict[str, Any]],
+    weights: WeightSource,
+    check: Callable[[Path, WeightSource], dict[str, Any]],
     dtypes: Mapping[str, torch.dtype],
 ) -> Any:
     """A pipeline from a folder or the hub, checked before it is loaded.
@@ -52,7 +52,7 @@ def load_pipeline(
     return pipeline_class.from_pretrained(folder, dtype=dict(dtypes), local_files_only=True, **changed)
 
 
-def local_folder(source: str | Path, revision: str | None, pipeline_class: Any, *, weights: Weights) -> Path:
+def local_folder(source: str | Path, revision: str | None, pipeline_class: Any, *, weights: WeightSource) -> Path:
     """The folder itself, or the local copy of a hub checkpoint.
 
     Random weights need its configurations alone; those of some published checkpoints are in the package.

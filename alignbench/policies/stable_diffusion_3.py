@@ -7,28 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self, Unpack
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from alignbench.errors import ConfigError
-from alignbench.policies.diffusers_policy import (
-    DiffusersPolicy,
-    check_trainable,
-    compute_dtypes,
-    latent_side,
-    master_dtype,
-)
+from alignbench.policies.diffusers_policy import DiffusersPolicy, Options, latent_side
 from alignbench.policies.policy import Condition
-from alignbench.policies.saved_pipeline import (
-    Weights,
-    check_components,
-    check_flow_scheduler,
-    load_pipeline,
-    read_index,
-)
+from alignbench.policies.saved_pipeline import WeightSource, check_components, check_flow_scheduler, read_index
 from alignbench.sampling.flow import FlowPath, pipeline_grid, shifted_linspace
 
 LORA_TARGETS = (  # with the prefix: bare names would also hit attn2, the second attention of SD3.5-Medium
@@ -52,7 +40,12 @@ class StableDiffusion3Policy(DiffusersPolicy):
     path: FlowPath
 
     def __init__(
-        self, pipeline: StableDiffusion3Pipeline, *, max_sequence_length: int, resolution: int | None, **options: Any
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        *,
+        max_sequence_length: int,
+        resolution: int | None = None,
+        **options: Any,
     ) -> None:
         """Takes over a loaded pipeline; `from_pretrained` explains the arguments."""
         super().__init__(pipeline, latent_shape=_latent_shape(pipeline, resolution), **options)
@@ -70,78 +63,42 @@ class StableDiffusion3Policy(DiffusersPolicy):
         cls,
         source: str | Path,
         *,
-        revision: str | None = None,
-        weights: Weights = "pretrained",
-        dtype: str = "float32",
-        vae_dtype: str | None = None,
-        device: str | torch.device = "cpu",
-        trainable: Literal["lora", "full"] = "lora",
-        rank: int = 32,
-        alpha: float = 64.0,
         targets: Sequence[str] = LORA_TARGETS,
-        seed: int = 0,
         max_sequence_length: int = 256,
-        resolution: int | None = None,
-        gradient_checkpointing: bool = False,
-        vae_gradient_checkpointing: bool = False,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        offload_text_encoders: bool = False,
-        compile: bool = False,
-    ) -> StableDiffusion3Policy:
-        """Loads a checkpoint and makes its transformer trainable.
+        **options: Unpack[Options],
+    ) -> Self:
+        """Loads a checkpoint and makes its transformer trainable; see `DiffusersPolicy.load`.
+
+        With bfloat16 the T5 encoder is bfloat16 as well, the two CLIP encoders stay float32.
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
-            revision: commit, tag or branch on the hub.
-            weights: ``random`` needs the checkpoint's configurations and tokenizers alone, to measure what it costs.
-            dtype: compute dtype of the transformer: float32, bfloat16 (autocast) or float64 (everything in double).
-                With bfloat16 the T5 encoder is bfloat16 as well, the two CLIP encoders stay float32.
-            vae_dtype: compute dtype of the autoencoder; default float32 (float64 for a float64 policy).
-            device: of models, latents and images.
-            trainable: ``lora`` (rank, alpha, targets, seed of the initial A) or ``full``.
+            targets: names of the layers that LoRA is added to.
             max_sequence_length: T5 tokens; without T5 that many zero embeddings are appended, as in the pipeline.
-            resolution: side of the images in pixels; default what the transformer was made for.
-            gradient_checkpointing: recompute transformer blocks in the backward pass.
-            vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
-            vae_slicing: decode images one at a time: less memory.
-            vae_tiling: decode large images in overlapping tiles: still less, with another result at the seams.
-            offload_text_encoders: keep the text encoders in main memory while they have nothing to read.
-            compile: compile the denoiser for each batch size it meets.
-
-        Raises:
-            CheckpointError: the folder is absent, incomplete, truncated or of another pipeline; nothing was loaded yet.
-            ConfigError: an argument that this checkpoint cannot work with.
+            options: see `Options`.
         """
-        check_trainable(trainable)
-        compute, vae_compute = compute_dtypes(dtype, vae_dtype)
-        pipeline = load_pipeline(
-            StableDiffusion3Pipeline,
-            source,
-            revision,
-            weights,
-            check_checkpoint,
-            {"default": master_dtype(compute), "text_encoder_3": compute},
-        )
-        return cls(
-            pipeline,
-            dtype=compute,
-            vae_dtype=vae_compute,
-            device=torch.device(device),
-            trainable=trainable,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            seed=seed,
-            max_sequence_length=max_sequence_length,
-            resolution=resolution,
-            gradient_checkpointing=gradient_checkpointing,
-            vae_gradient_checkpointing=vae_gradient_checkpointing,
-            vae_slicing=vae_slicing,
-            vae_tiling=vae_tiling,
-            offload_text_encoders=offload_text_encoders,
-            compile=compile,
-        )
+        return cls.load(source, targets=targets, max_sequence_length=max_sequence_length, **options)
+
+    @classmethod
+    def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
+        """See `DiffusersPolicy.check_checkpoint`."""
+        index = read_index(folder, "StableDiffusion3Pipeline", "Stable Diffusion 3 or 3.5")
+        check_flow_scheduler(folder, dynamic_shift=False)
+        if weights == "pretrained":
+            check_components(
+                folder,
+                index,
+                ("transformer", "vae", *cls.text_encoders),
+                models={"transformer": SD3Transformer2DModel, "vae": AutoencoderKL},
+                optional=("text_encoder_3",),
+            )
+        absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+        return index | absent
+
+    @classmethod
+    def weight_dtypes(cls, compute: torch.dtype, master: torch.dtype, trainable: str) -> dict[str, torch.dtype]:
+        """See `DiffusersPolicy.weight_dtypes`."""
+        return {"default": master, "text_encoder_3": compute}
 
     @torch.no_grad()
     def encode_text(self, text: str) -> dict[str, Tensor]:
@@ -181,29 +138,6 @@ class StableDiffusion3Policy(DiffusersPolicy):
         else:
             raise ConfigError(f"grid must be 'pipeline' or 'shifted_linspace', got {name!r}")
         return grid.to(self.device, self.latent_dtype)
-
-
-def check_checkpoint(folder: Path, weights: Weights = "pretrained") -> dict[str, Any]:
-    """Checks a saved Stable Diffusion 3 pipeline by its indexes and safetensors headers, without loading weights.
-
-    Returns:
-        What to load: the content of ``model_index.json``, library and class by component; None where there is none.
-
-    Raises:
-        CheckpointError: naming the file, what was expected and what is there.
-    """
-    index = read_index(folder, "StableDiffusion3Pipeline", "Stable Diffusion 3 or 3.5")
-    check_flow_scheduler(folder, dynamic_shift=False)
-    if weights == "pretrained":
-        check_components(
-            folder,
-            index,
-            ("transformer", "vae", *StableDiffusion3Policy.text_encoders),
-            models={"transformer": SD3Transformer2DModel, "vae": AutoencoderKL},
-            optional=("text_encoder_3",),
-        )
-    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-    return index | absent
 
 
 def _latent_shape(pipeline: StableDiffusion3Pipeline, resolution: int | None) -> tuple[int, int, int]:

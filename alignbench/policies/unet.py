@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from diffusers import (
@@ -22,19 +22,12 @@ from diffusers import (
 from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
-from alignbench.policies.diffusers_policy import (
-    DiffusersPolicy,
-    check_trainable,
-    compute_dtypes,
-    latent_side,
-    master_dtype,
-)
+from alignbench.policies.diffusers_policy import DiffusersPolicy, Options, latent_side
 from alignbench.policies.policy import Condition
 from alignbench.policies.saved_pipeline import (
-    Weights,
+    WeightSource,
     check_components,
     check_diffusion_scheduler,
-    load_pipeline,
     read_index,
     read_json,
 )
@@ -63,7 +56,7 @@ class UNetPolicy(DiffusersPolicy):
     model: ClassVar[str]
     path: DiffusionPath
 
-    def __init__(self, pipeline: Any, *, resolution: int | None, **options: Any) -> None:
+    def __init__(self, pipeline: Any, *, resolution: int | None = None, **options: Any) -> None:
         """Takes over a loaded pipeline; `from_pretrained` explains the arguments."""
         unet = pipeline.unet.config
         side = latent_side(resolution, unet.sample_size, pipeline.vae_scale_factor, multiple=1)
@@ -75,84 +68,20 @@ class UNetPolicy(DiffusersPolicy):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        weights: Weights = "pretrained",
-        dtype: str = "float32",
-        vae_dtype: str | None = None,
-        device: str | torch.device = "cpu",
-        trainable: Literal["lora", "full"] = "lora",
-        rank: int = 32,
-        alpha: float = 64.0,
-        targets: Sequence[str] = LORA_TARGETS,
-        seed: int = 0,
-        resolution: int | None = None,
-        gradient_checkpointing: bool = False,
-        vae_gradient_checkpointing: bool = False,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        offload_text_encoders: bool = False,
-        compile: bool = False,
+        cls, source: str | Path, *, targets: Sequence[str] = LORA_TARGETS, **options: Unpack[Options]
     ) -> Self:
-        """Loads a checkpoint and makes its U-Net trainable. A safety checker is left out.
+        """Loads a checkpoint and makes its U-Net trainable; see `DiffusersPolicy.load`. A safety checker is left out.
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
-            revision: commit, tag or branch on the hub.
-            weights: ``random`` needs the checkpoint's configurations and tokenizers alone, to measure what it costs.
-            dtype: compute dtype of the U-Net: float32, bfloat16 (autocast) or float64 (everything in double).
-            vae_dtype: compute dtype of the autoencoder; default float32 (float64 for a float64 policy).
-            device: of models, latents and images.
-            trainable: ``lora`` (rank, alpha, targets, seed of the initial A) or ``full``.
-            resolution: side of the images in pixels; default what the U-Net was made for.
-            gradient_checkpointing: recompute blocks of the U-Net in the backward pass.
-            vae_gradient_checkpointing: the same for the autoencoder, where losses reach through decoded images.
-            vae_slicing: decode images one at a time: less memory.
-            vae_tiling: decode large images in overlapping tiles: still less, with another result at the seams.
-            offload_text_encoders: keep the text encoders in main memory while they have nothing to read.
-            compile: compile the denoiser for each batch size it meets.
-
-        Raises:
-            CheckpointError: the folder is absent, incomplete, truncated, of another pipeline or of a model that does
-                not predict the noise; nothing was loaded yet.
-            ConfigError: an argument that this checkpoint cannot work with.
+            targets: names of the layers that LoRA is added to.
+            options: see `Options`.
         """
-        check_trainable(trainable)
-        compute, vae_compute = compute_dtypes(dtype, vae_dtype)
-        dtypes = {"default": master_dtype(compute)}
-        pipeline = load_pipeline(cls.pipeline_class, source, revision, weights, cls.check_checkpoint, dtypes)
-        return cls(
-            pipeline,
-            dtype=compute,
-            vae_dtype=vae_compute,
-            device=torch.device(device),
-            trainable=trainable,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            seed=seed,
-            resolution=resolution,
-            gradient_checkpointing=gradient_checkpointing,
-            vae_gradient_checkpointing=vae_gradient_checkpointing,
-            vae_slicing=vae_slicing,
-            vae_tiling=vae_tiling,
-            offload_text_encoders=offload_text_encoders,
-            compile=compile,
-        )
+        return cls.load(source, targets=targets, **options)
 
     @classmethod
-    def check_checkpoint(cls, folder: Path, weights: Weights = "pretrained") -> dict[str, Any]:
-        """Checks a saved pipeline by its indexes and safetensors headers, without loading weights.
-
-        Returns:
-            What to load: the content of ``model_index.json``, library and class by component, without what judges or
-            takes images.
-
-        Raises:
-            CheckpointError: naming the file, what was expected and what is there.
-        """
+    def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
+        """See `DiffusersPolicy.check_checkpoint`. What judges or takes images is left out."""
         index = read_index(folder, cls.pipeline_class.__name__, cls.model)
         check_diffusion_scheduler(folder)
         if weights == "pretrained":

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
-from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy, check_checkpoint
+from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
 from tests.tiny import tiny_sd3
 
 TEXTS = ["a red dog", "two cats", "a red dog"]
@@ -525,11 +525,11 @@ def test_sharded_checkpoint_with_a_missing_shard(folder: Path, tmp_path: Path) -
     transformer = SD3Transformer2DModel.from_pretrained(copy / "transformer")
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     transformer.save_pretrained(copy / "transformer", max_shard_size="40KB")
-    check_checkpoint(copy)
+    StableDiffusion3Policy.check_checkpoint(copy)
     shard = sorted((copy / "transformer").glob("*-00002-of-*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
-        check_checkpoint(copy)
+        StableDiffusion3Policy.check_checkpoint(copy)
 
 
 def test_source_that_is_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
