@@ -261,6 +261,14 @@ def evaluated_prompts(config: DictConfig) -> list[Prompt]:
     return _prompts(config, config.evaluation.final.split)
 
 
+def other_prompts(config: DictConfig, protocol: Mapping[str, Any]) -> bool:
+    """Whether the prompt file, if that is what is evaluated, holds others than those of a recorded final protocol."""
+    if config.prompts.source != "file" or not Path(config.prompts.path).exists():
+        return False
+    samples = Samples.choose(evaluated_prompts(config), config.evaluation.final.images_per_tag)
+    return samples.prompts_hash != protocol.get("prompts_hash")
+
+
 def evaluator(config: DictConfig, stack: Stack, prompts: Sequence[Prompt]) -> Evaluator:
     """What evaluates with the configured scorers, as far as they exist for the model's domain and for the prompts."""
     domain = config.model.domain

@@ -74,7 +74,7 @@ class Protocol:
             "guidance": list(self.guidance),
             "prompts": len(samples.prompts),
             "images": len(samples.rows),
-            "prompts_hash": config_hash({prompt.id: prompt.text for prompt in samples.prompts}),
+            "prompts_hash": samples.prompts_hash,
             "scorers": list(scorers),
             "dtype": dtype,
             "resolution": list(resolution),
@@ -93,6 +93,11 @@ class Samples:
 
     prompts: list[Prompt]
     rows: list[tuple[int, int]]
+
+    @property
+    def prompts_hash(self) -> str:
+        """Of the prompts' ids and texts, as it stands in the records."""
+        return config_hash({prompt.id: prompt.text for prompt in self.prompts})
 
     @classmethod
     def choose(cls, prompts: Sequence[Prompt], images_per_tag: int) -> "Samples":

@@ -65,7 +65,7 @@ _SPENT = {
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn an operating-system error inside the block into a RecordError that names `path` and the remedy."""
     try:
         yield
@@ -89,7 +89,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file whose name nobody reads yet; it is on the disk when this returns."""
-    with _writing(path):
+    with writing(path):
         descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _write_all(descriptor, data)
@@ -113,7 +113,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_new(temporary, data.encode() if isinstance(data, str) else data)
-        with _writing(path):
+        with writing(path):
             _replace(temporary, path)
             _sync(path.parent)
     finally:
@@ -286,7 +286,7 @@ class RunDirectory:
         another configuration: another `config`, or another value of a field of `run` that is not the environment's.
         """
         plain_config, plain_run = _plain(config, "config.yaml"), _plain({"schema": SCHEMA, **run}, "run.json")
-        with _writing(folder):
+        with writing(folder):
             _mkdir(folder, exist_ok=True)
             free = shutil.disk_usage(folder).free
         if free < minimum_free_bytes:
@@ -339,7 +339,7 @@ class RunDirectory:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line, path = _dump(row, name), self.folder / name
-        with _writing(path):
+        with writing(path):
             is_new = not path.exists()
             descriptor = _open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
@@ -368,7 +368,7 @@ class RunDirectory:
 
     def _attach(self, relative: str, data: bytes) -> str:
         path = self.folder / relative
-        with _writing(path.parent):
+        with writing(path.parent):
             _mkdir(path.parent, exist_ok=True)
         atomic_write(path, data)
         return relative
@@ -389,7 +389,7 @@ class RunDirectory:
         for name in ROW_FILES:
             marker[f"{Path(name).stem}_rows"] = len(_complete_lines(self.folder / name))
         weights = ((f"{_file_name(key)}.safetensors", save(_on_cpu(group))) for key, group in tensors.items())
-        with _writing(final):
+        with writing(final):
             try:
                 _mkdir(building)
                 for name, data in itertools.chain([("state.json", _dump(state, "state.json"))], weights):
@@ -418,7 +418,7 @@ class RunDirectory:
 
         final = self.folder / _file_name(name)
         building = final.with_name(f".{name}.building")
-        with _writing(final):
+        with writing(final):
             try:
                 _mkdir(building)
                 write(building)
@@ -446,7 +446,7 @@ class RunDirectory:
 
     def prune_artifacts(self) -> None:
         """Delete the artifacts that no checkpoint's state names."""
-        with _writing(self.folder / "artifacts"):
+        with writing(self.folder / "artifacts"):
             states = [path.read_bytes() for path in self.folder.glob("checkpoints/step_*/state.json")]
             for path in self.folder.glob("artifacts/*.safetensors"):
                 if not any(path.name.encode() in state for state in states):
@@ -511,7 +511,7 @@ class RunDirectory:
         """
         cut = {}
         kept = (checkpoint.metrics_rows, checkpoint.evaluations_rows) if checkpoint else (0, 0)
-        with _writing(self.folder):
+        with writing(self.folder):
             self._prune(checkpoint.step if checkpoint else -1)  # first: rows may go only when nothing later needs them
             for name, rows in zip(ROW_FILES, kept, strict=True):
                 path = self.folder / name
@@ -528,7 +528,7 @@ class RunDirectory:
 
 def _take_lock(path: Path) -> int:
     """Descriptor that holds the run's lock. Raises LockedError if another process has it."""
-    with _writing(path):
+    with writing(path):
         descriptor = _open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             for wait in (0.0, 0.02, 0.05, 0.1):  # `writer` takes the lock too, for an instant
@@ -582,7 +582,7 @@ def writer(folder: Path) -> str | None:
 
 def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """Write config.yaml and run.json, or compare with those written; returns changes of the environment."""
-    with _writing(folder):
+    with writing(folder):
         for leftover in list(folder.rglob(".*")):  # of a process that was killed in the middle
             if leftover.suffix in (".tmp", ".building", ".discarded"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -79,8 +79,11 @@ def finished(folder: Path, config: DictConfig, processes: Processes) -> bool:
     known = read_run(folder)
     if known.status.get("status") == "done" and not differences(known.config, identity(config)):
         before, now = known.run.get("git", {}), assembly.environment(processes)["git"]
-        changed = differences({"git": before}, {"git": now})
-        since = f"; warning: it was made by other code ({', '.join(changed)})" if changed else ""
+        since = ""
+        if changed := differences({"git": before}, {"git": now}):
+            since += f"; warning: it was made by other code ({', '.join(changed)})"
+        if assembly.other_prompts(config, known.run.get("final_protocol", {})):
+            since += f"; warning: {config.prompts.path} holds other prompts now"
         print(f"{folder}: already done, skipped{since}", flush=True)
         return True
     if (busy := writer(folder)) is not None:
@@ -91,6 +94,7 @@ def finished(folder: Path, config: DictConfig, processes: Processes) -> bool:
 def carry_out(config: DictConfig, parts: Parts, records: RunDirectory | None) -> None:
     """Run the loop; whatever ends it stands in the records."""
     tracker = None
+    forget_peak_memory()
     with stop_requested(tell=parts.processes.main) as stopping:
         try:
             tracker = assembly.tracker(config, records.folder) if records is not None else None
@@ -107,6 +111,14 @@ def carry_out(config: DictConfig, parts: Parts, records: RunDirectory | None) ->
         finally:
             if tracker is not None:
                 tracker.close()
+
+
+def forget_peak_memory() -> None:
+    """Begin the measurement of the peak again: this process may have done other runs of a sweep before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # only Linux has it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def verdict(error: BaseException) -> tuple[Status, str]:

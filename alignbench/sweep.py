@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.text import Text
 
 from alignbench.configuration import run_folder
-from alignbench.errors import AlignbenchError, LockedError
-from alignbench.records import atomic_write, read_run
+from alignbench.errors import AlignbenchError, LockedError, RecordError
+from alignbench.records import atomic_write, read_run, writing
 
 COLOURS = {  # by outcome
     "planned": "bright_black",
@@ -40,8 +40,14 @@ class Begin(Callback):
     """Hydra's callback that says where the cells of a sweep note how they ended."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep begins."""
-        _begun.append(Path(config.hydra.sweep.dir))
+        """A sweep begins. Its folder is made here, for what Hydra says where that fails is a traceback."""
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        except RecordError as error:
+            sys.exit(f"alignbench: {error}")  # another exception in a callback is a warning to Hydra
+        _begun.append(folder)
 
 
 def cell(config: DictConfig) -> None:

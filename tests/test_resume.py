@@ -298,6 +298,23 @@ def test_a_finished_run_is_skipped(tiny_run: Compose, tmp_path: Path, capsys: py
     assert "warning: it was made by other code" not in printed
 
 
+def test_a_finished_run_is_skipped_with_a_warning_where_its_prompt_file_has_changed(
+    tiny_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, file = configured(tiny_run, tmp_path / "twice"), tmp_path / "prompts.jsonl"
+    run(config)
+    before = file.read_text()
+    file.write_text(before.replace("ef", "xy"))
+    run(config)
+    assert f"already done, skipped; warning: {file} holds other prompts now" in capsys.readouterr().out
+    file.write_text(before)
+    run(config)
+    assert "warning: " + str(file) not in capsys.readouterr().out
+    file.unlink()  # nothing to compare with
+    run(config)
+    assert "already done, skipped\n" in capsys.readouterr().out
+
+
 def test_a_finished_run_of_other_code_is_skipped_with_a_warning(
     tiny_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The loop end to end on a tiny checkpoint."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def test_the_base_is_evaluated_once_for_runs_that_would_repeat_it(
     (folders[1] / second[0]["grid"]).unlink()
     third = run(tiny_run("method=flow_grpo", "seed=1"))
     assert json.loads((third / "evaluations.jsonl").read_text().splitlines()[0])["volatile"]["reused_from"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no peak that can be reset")
+def test_the_recorded_peak_of_memory_is_the_run_s_own(tiny_run: Compose) -> None:
+    large = b"x" * 2**30
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    del large  # a run before this one in the same sweep was larger
+    folder = run(tiny_run())
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert 100 < json.loads(line)["volatile"]["memory_mb"] < before - 512
 
 
 def test_tensorboard_shows_the_rows_and_the_grids(tiny_run: Compose) -> None:

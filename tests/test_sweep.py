@@ -100,6 +100,16 @@ def policies() -> int:
     return sum(type(thing) is StableDiffusion3Policy for thing in gc.get_objects())
 
 
+def test_results_that_cannot_be_written_are_told_before_the_first_cell(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").write_text("a file")
+    told = swept(monkeypatch, *tiny, "seed=0,1")
+    assert str(told).startswith(f"alignbench: cannot write {tmp_path / 'results' / '.sweep'}")
+    assert "choose a results folder that this user can write to" in str(told)
+    assert "seed 0" not in capsys.readouterr().out
+
+
 def test_a_failed_cell_does_not_stop_the_others_and_finished_ones_are_skipped(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
