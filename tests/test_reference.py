@@ -1,0 +1,83 @@
+"""The tables of the reference benchmark say what its records say, worked out here a second time from the files."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "results" / "reference" / "shapes"
+TITLES = {"exact scene": "exact_scene", "PickScore": "pickscore", "GenEval": "geneval", "second judge": "judge"}
+
+
+def gains() -> ModuleType:
+    """``experiments/reference/gains.py``, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("gains", ROOT / "experiments" / "reference" / "gains.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gains"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GAINS = gains()
+METHODS = {name: method for method, name in GAINS.NAMES.items()}
+
+
+def rows(page: Path) -> Iterator[tuple[float, dict[str, str]]]:
+    """(guidance, cell by column) of every method in a page's tables."""
+    for block in GAINS.BLOCK.finditer(page.read_text(encoding="utf-8")):
+        header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block[0].splitlines()]
+        for cells in (each for each in lines if each[0]):
+            yield float(block[1]), dict(zip(header, cells, strict=True))
+
+
+def scores(folder: Path, guidance: float) -> tuple[dict[str, float], dict[str, float]]:
+    """A run's (final scores, scores of the base) under its final protocol."""
+    run: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    found = [each for each in found if each["protocol_hash"] == run["final_protocol_hash"]]
+    found = [each for each in found if each["guidance"] == guidance]
+    (base,) = (each["metrics"] for each in found if each["weights"] == "base")
+    (final,) = (each["metrics"] for each in found if each["weights"] == "evaluation")
+    return final, base
+
+
+@pytest.mark.parametrize("page", GAINS.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_number_of_a_table_is_that_of_the_records(page: Path) -> None:
+    checked = 0
+    for guidance, cells in rows(page):
+        seeds = sorted((RUNS / TITLES[cells["trained on"]] / METHODS[cells["method"]]).iterdir())
+        both = [scores(folder, guidance) for folder in seeds]
+        assert cells["seeds"] == str(len(seeds))
+        for metric, (title, decimals) in GAINS.METRICS.items():
+            changes = np.array([final[metric] - base[metric] for final, base in both])
+            half = float(stats.sem(changes) * stats.t.ppf(0.975, len(changes) - 1))
+            text = f"{changes.mean():+.{decimals}f} ± {half:.{decimals}f}"
+            assert cells[title] == (f"**{text}**" if abs(changes.mean()) > half else text)
+            checked += 1
+        assert float(cells["drift"]) == pytest.approx(np.mean([final["drift"] for final, _ in both]), rel=0.05)
+    methods = sum("@" not in folder.name for folder in RUNS.glob("*/*"))
+    assert checked == len(GAINS.METRICS) * methods * len(GAINS.BLOCK.findall(page.read_text(encoding="utf-8")))
+
+
+def test_the_base_is_the_one_of_every_run() -> None:
+    shown = [
+        line for page in GAINS.PAGES for line in page.read_text(encoding="utf-8").splitlines() if "| base at" in line
+    ]
+    for line in shown:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        guidance = float(cells[1].removeprefix("base at guidance "))
+        for record in RUNS.rglob("run.json"):
+            _, base = scores(record.parent, guidance)
+            expected = [f"{base[metric]:.{decimals}f}" for metric, (_, decimals) in GAINS.METRICS.items()]
+            assert cells[3:-1] == expected
+    assert len(shown) >= 3
