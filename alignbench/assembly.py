@@ -135,6 +135,7 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     reward = trained_reward(config, processes)
+    judges = scorers(config, processes)  # before the policy, which takes longer to load
     policy = pretrained(config, processes)
     for sampler in (method.sampler, checked.curve.sampler(1.0), checked.final.sampler(1.0)):
         policy.grid(sampler.steps, sampler.grid)  # refuses one that the model does not have, before any is walked
@@ -149,7 +150,7 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
         stack=stack,
         method=method,
         prompts=checked.prompts,
-        evaluator=evaluator(config, stack, evaluated_prompts(config)),
+        evaluator=evaluator(config, stack, evaluated_prompts(config), judges),
         curve=checked.curve,
         final=checked.final,
         budget=checked.budget,
@@ -227,6 +228,15 @@ def pretrained(config: DictConfig, processes: Processes, **settings: Any) -> Pol
     return policy
 
 
+def check_source(config: DictConfig, source: str) -> None:
+    """Check a checkpoint that is to be loaded in the configured model's place later.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is not one of this family, or not whole.
+    """
+    needs.policy_class(config.model).check_source(source)
+
+
 def abstract_policy(config: DictConfig) -> DiffusersPolicy:
     """The configured model inside ``architecture.abstract()``: its architecture, with nothing in its tensors."""
     node = _plain(config.model.policy) | {"weights": "random"}
@@ -269,20 +279,24 @@ def other_prompts(config: DictConfig, protocol: Mapping[str, Any]) -> bool:
     return samples.prompts_hash != protocol.get("prompts_hash")
 
 
-def evaluator(config: DictConfig, stack: Stack, prompts: Sequence[Prompt]) -> Evaluator:
-    """What evaluates with the configured scorers, as far as they exist for the model's domain and for the prompts."""
+def scorers(config: DictConfig, processes: Processes) -> dict[str, Reward]:
+    """The configured scorers that exist for the model's domain."""
     domain = config.model.domain
-    scorers = {
-        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(stack.processes.device))
+    return {
+        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(processes.device))
         for name, node in _plain(config.evaluation.scorers).items()
         if domain in node
     }
+
+
+def evaluator(config: DictConfig, stack: Stack, prompts: Sequence[Prompt], scorers: Mapping[str, Reward]) -> Evaluator:
+    """What evaluates with the scorers that can score these prompts."""
     stack.reward.check(prompts)
     fewest = min(config.evaluation[name].images_per_tag for name in ("curve", "final"))
     if fewest * len({tag_of(prompt) for prompt in prompts}) < stack.processes.count:
         raise ConfigError(f"{stack.processes.count} processes but fewer evaluated images: raise images_per_tag")
-    if not all(prompt.metadata.get("include") for prompt in prompts):
-        scorers.pop("geneval", None)  # prompts of one's own have no GenEval records
+    if not all(prompt.metadata.get("include") for prompt in prompts):  # prompts of one's own have no GenEval records
+        scorers = {name: scorer for name, scorer in scorers.items() if name != "geneval"}
     for scorer in scorers.values():
         scorer.check(prompts)
     features = config.evaluation.features

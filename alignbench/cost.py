@@ -38,7 +38,11 @@ from alignbench.training import optimizer_step
 
 MODELS = ("sd35_medium", "flux_dev", "sdxl", "sd15")
 METHODS = ("diffusion_nft", "flow_grpo", "tempflow_grpo", "srpo", "sdpo")
-VARIANTS = {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "compile": {"compile": True}}
+VARIANTS = {
+    "plain": {"gradient_checkpointing": False, "compile": False},
+    "checkpointing": {"gradient_checkpointing": True, "compile": False},
+    "compile": {"gradient_checkpointing": False, "compile": True},
+}
 COLUMNS = {
     "method": "method",
     "variant": "variant",

@@ -144,11 +144,14 @@ class Weights(Subject):
         self._protocol = final if task.protocol == "final" else curve
         self.ledger = assembly.new_ledger(processes)
         self._reward = assembly.trained_reward(config, processes)
+        self._scorers = assembly.scorers(config, processes)
         self._prompts = assembly.evaluated_prompts(config)
         self._sha256 = digest(task.checkpoint) if task.checkpoint else None
         self._lora = read_lora(task.lora) if task.lora else None
         whole = task.checkpoint is not None and _is_pipeline(task.checkpoint)
         self._own = task.checkpoint if whole else None  # needs a policy of its own
+        if self._own is not None:
+            assembly.check_source(config, self._own)  # it is loaded only after the base has been scored
         self._loaded: Policy | None = None
         self._evaluator = self._base()
         policy = self._evaluator.stack.policy
@@ -223,7 +226,7 @@ class Weights(Subject):
 
     def _evaluating(self, policy: Policy) -> Evaluator:
         stack = Stack(policy, self._reward, self.ledger, self.processes, micro_batch=self.task.micro_batch)
-        return assembly.evaluator(self.config, stack, self._prompts)
+        return assembly.evaluator(self.config, stack, self._prompts, self._scorers)
 
 
 class Images(Subject):
@@ -250,7 +253,7 @@ class Images(Subject):
         self.ledger = assembly.new_ledger(processes)
         stack = Scoring(assembly.trained_reward(config, processes), self.ledger, processes, task.micro_batch)
         self.micro_batch = stack.micro_batch
-        evaluator = assembly.evaluator(config, stack, own.prompts)
+        evaluator = assembly.evaluator(config, stack, own.prompts, assembly.scorers(config, processes))
         rows = [(prompt, image) for prompt, files in enumerate(own.files) for image in range(len(files))]
         samples = Samples(own.prompts, rows)
         description = {

@@ -18,6 +18,10 @@ LOAD = {
     "full": 'pipe.transformer = AutoModel.from_pretrained("path/to/this/folder")  # pipe.unet of a U-Net',
 }
 
+SCHEDULER = (
+    "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True)"
+)
+
 
 def write(run: Run, folder: Path) -> None:
     """Write the card of a run, with a picture of its curve where matplotlib is installed, beside its weights."""
@@ -133,21 +137,22 @@ def _scores(run: Run) -> list[str]:
 
 def _code(base: str, policy: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     """How to draw an image as the protocol does."""
-    loads = "DiffusionPipeline" if policy["trainable"] == "lora" else "AutoModel, DiffusionPipeline"
-    lines = [f"from diffusers import {loads}"]
+    full, noise = policy["trainable"] == "full", ".unet." in policy.get("_target_", "")  # a U-Net predicts the noise
+    classes = [*(["AutoModel"] if full else []), *(["DDIMScheduler"] if noise else []), "DiffusionPipeline"]
+    lines = [f"from diffusers import {', '.join(classes)}"]
     source = f'"{base}"'
     if base.startswith(EMBEDDED):
         lines.append("from alignbench.configuration import embedded")
         source = f"embedded({source})"
     tokens, side = policy.get("max_sequence_length"), policy.get("resolution")
     absent = ", text_encoder_3=None, tokenizer_3=None" if tokens == 0 else ""
-    settings = [f"num_inference_steps={protocol['steps']}", f"guidance_scale={protocol['guidance'][0]:g}"]
+    lines += ["", f"pipe = DiffusionPipeline.from_pretrained({source}{absent})", LOAD[policy["trainable"]]]
+    lines += [SCHEDULER] if noise else []
+    guidance, own = protocol["guidance"][0], policy.get("guidance_embedding")
+    settings = [f"num_inference_steps={protocol['steps']}", f"guidance_scale={guidance if own is None else own:g}"]
+    if own is not None and guidance > 1:  # FLUX: guidance beside the one that is its input
+        settings += [f"true_cfg_scale={guidance:g}", 'negative_prompt=""']
     settings += [f"max_sequence_length={tokens}"] if tokens is not None else []
     settings += [f"height={side}, width={side}"] if side is not None else []
-    lines += [
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({source}{absent})",
-        LOAD[policy["trainable"]],
-        f'image = pipe("a prompt", {", ".join(settings)}).images[0]',
-    ]
+    lines.append(f'image = pipe("a prompt", {", ".join(settings)}).images[0]')
     return "```python\n" + "\n".join(lines) + "\n```\n"

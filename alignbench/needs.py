@@ -41,8 +41,12 @@ def check(config: DictConfig, method: Method) -> None:
 
 def parameterisation(model: DictConfig) -> str:
     """What a model predicts, read off the path that its policy's class declares: ``"velocity"``, ``"epsilon"``."""
-    path = get_type_hints(_class_of(target(model.policy, "model.policy")))["path"]
-    return str(path.parameterisation)
+    return str(get_type_hints(policy_class(model))["path"].parameterisation)
+
+
+def policy_class(model: DictConfig) -> Any:
+    """The class of a model's policy."""
+    return _class_of(target(model.policy, "model.policy"))
 
 
 def _class_of(function: Callable[..., Any]) -> Any:

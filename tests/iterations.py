@@ -5,14 +5,18 @@ FOLDER/<kind>.safetensors and FOLDER/<kind>.json, and FOLDER/evaluation.json. No
 processes: 3 prompts x 5 images, 3 pairs, 3 trunks, 5 evaluated images.
 """
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,6 +42,10 @@ KINDS: dict[str, list[str]] = {
     "draft": ["method=draft", *ONE_IMAGE],
     "sdpo": PAIRS,
     "sdpo_of_a_batch": [*PAIRS, "method.algorithm.safeguard=batch"],
+    "sdpo_of_a_dataset": [*PAIRS, "method.algorithm.pairs=dataset"],
+    "dpo": [*PAIRS, "method=dpo"],
+    "dspo": [*PAIRS, "method=dspo"],
+    "direct_align": ["method=direct_align", *ONE_IMAGE],
 }
 
 
@@ -59,6 +67,7 @@ def assembled(kind: str, checkpoint: Path, folder: Path, micro_batch: int, proce
                 "method.batch.updates=1",
                 "method.rollout.steps=3",
                 *KINDS[kind],
+                *([f"method.algorithm.dataset.path={preferences(folder)}"] if "dataset" in kind else []),
                 f"micro_batch={micro_batch}",
                 "evaluation.curve.images_per_tag=5",
                 "evaluation.curve.steps=2",
@@ -73,6 +82,22 @@ def assembled(kind: str, checkpoint: Path, folder: Path, micro_batch: int, proce
         config.reward = {"parts": {"worded": part}, "targets": {}, "normalisation": {}}
         del config.evaluation.scorers.judge
     return config, assembly.assemble(config, processes)
+
+
+def preferences(folder: Path) -> Path:
+    """A data set of five pairs of 16 x 16 images with Pick-a-Pic's columns, this process's own copy."""
+    colours = [[40 * number, 255 - 40 * number, 128] for number in range(6)]
+    images = []
+    for colour in colours:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), tuple(colour)).save(file, "png")
+        images.append(file.getvalue())
+    table = {"caption": ["ab", "cd", "ef", "gh", "ij"], "jpg_0": images[:5], "jpg_1": images[1:]}
+    table |= {"label_0": [1.0, 0.0, 1.0, 0.0, 1.0], "label_1": [0.0, 1.0, 0.0, 1.0, 0.0], "has_label": [True] * 5}
+    path = folder / str(os.getpid()) / "pairs"
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(table).save_to_disk(str(path))
+    return path
 
 
 def iterated(

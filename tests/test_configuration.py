@@ -1,8 +1,13 @@
 """Names of variants: short, canonical, and different for different settings."""
 
+from typing import get_type_hints
+
+import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from alignbench.configuration import CONF, identity, variant
+from alignbench.policies.diffusers_policy import Options
 
 
 def test_only_what_changes_numbers_names_the_variant() -> None:
@@ -35,3 +40,10 @@ def test_what_a_reward_is_for_other_models_is_not_part_of_a_runs_identity() -> N
         whole = identity(compose("config", ["reward=pickscore"]))
     assert set(whole["reward"]["parts"]["pickscore"]) == {"weight", "shapes"}
     assert set(whole["evaluation"]["scorers"]["pickscore"]) == {"shapes"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "shapes"))
+def test_every_option_of_a_real_model_can_be_set_by_its_name(name: str) -> None:
+    policy = OmegaConf.load(CONF / "model" / f"{name}.yaml").policy
+    given_elsewhere = {"device", "seed"}  # the run's own
+    assert set(get_type_hints(Options)) - given_elsewhere <= set(policy)

@@ -259,6 +259,7 @@ def test_alphas_beside_the_matrices_and_in_a_peft_folder_scale_them(tmp_path: Pa
     ("state", "message"),
     [
         ({"text_encoder.q.lora_A.weight": (2, 3)}, "cannot use text_encoder.q.lora_A.weight"),
+        ({"lora_unet_mid_block_attn_to_q.lora_down.weight": (2, 3)}, "is in kohya's format; diffusers converts it"),
         ({"transformer.q.lora_A.weight": (2, 3)}, "q has only down of its two matrices"),
         ({"transformer.q.lora_A.weight": (2, 3, 1, 1), "transformer.q.lora_B.weight": (4, 2, 1, 1)}, "expected .rank"),
         ({"transformer.q.lora_magnitude_vector": (4,)}, "cannot use transformer.q.lora_magnitude_vector"),
@@ -394,3 +395,14 @@ def test_requests_that_cannot_work(evaluating: Compose, overrides: list[str], me
     with pytest.raises((ConfigError, CheckpointError, DataError)) as raised:
         evaluate(evaluating(*overrides))
     assert message in str(raised.value)
+
+
+def test_a_checkpoint_is_looked_at_before_the_base_is_scored(
+    evaluating: Compose, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    monkeypatch.setattr(assembly, "pretrained", None)  # nothing is loaded
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        evaluate(evaluating(f"checkpoint={broken}", "label=theirs"))

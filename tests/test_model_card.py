@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,11 +81,12 @@ def test_the_curve_is_of_the_records_and_left_out_where_it_cannot_be_drawn(
 
 def test_a_base_model_of_the_hub_is_linked_and_an_embedded_one_is_found() -> None:
     described = {"method": "awm", "reward": "geneval", "seed": 3, "config_hash": "abc", "variant": "beta=1"}
-    described |= {"final_protocol": {"steps": 40, "guidance": [1.0, 4.5]}, "git": {"commit": None, "dirty": None}}
+    described |= {"git": {"commit": None, "dirty": None}}
 
-    def with_policy(**policy: object) -> str:
+    def with_policy(scales: Sequence[float] = (1.0, 4.5), **policy: object) -> str:
         config = {"model": {"name": "m", "policy": policy}, "method": {"name": "awm"}}
-        return card(Run(Path(), described, config, {}, [], [], ()))
+        protocol = {"steps": 40, "guidance": list(scales)}
+        return card(Run(Path(), described | {"final_protocol": protocol}, config, {}, [], [], ()))
 
     hub = with_policy(source="owner/a-model", trainable="full", resolution=512)
     header = yaml.safe_load(hub.split("---\n")[1])
@@ -93,6 +95,15 @@ def test_a_base_model_of_the_hub_is_linked_and_an_embedded_one_is_found() -> Non
     assert 'DiffusionPipeline.from_pretrained("owner/a-model")' in hub
     assert "AutoModel.from_pretrained" in hub
     assert "num_inference_steps=40, guidance_scale=1, height=512, width=512)" in hub
+    flux = {"source": "owner/flux", "trainable": "lora", "guidance_embedding": 3.5, "max_sequence_length": 128}
+    assert 'pipe("a prompt", num_inference_steps=40, guidance_scale=3.5, max_sequence_length=128)' in with_policy(
+        **flux
+    )
+    guided = with_policy(scales=[2.0], **flux)
+    assert 'guidance_scale=3.5, true_cfg_scale=2, negative_prompt="", max_sequence_length=128)' in guided
+    unet = with_policy(source="o/sd15", trainable="lora", _target_="alignbench.policies.unet.StableDiffusionPolicy")
+    assert "from diffusers import DDIMScheduler, DiffusionPipeline\n" in unet
+    assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False" in unet
     embedded = with_policy(source="embedded:generator", trainable="lora", max_sequence_length=0)
     assert "base_model" not in yaml.safe_load(embedded.split("---\n")[1])
     assert 'from_pretrained(embedded("embedded:generator"), text_encoder_3=None, tokenizer_3=None)' in embedded

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignbench.errors import ConfigError
 from alignbench.policies.policy import Condition, Policy
-from alignbench.policies.saved_pipeline import WeightSource, load_pipeline
+from alignbench.policies.saved_pipeline import WeightSource, load_pipeline, local_folder
 from alignbench.policies.weights import Weights, add_lora
 
+MOST_GRAPHS = 64  # of a compiled denoiser; torch would run what comes after 8 without compiling it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -34,6 +35,7 @@ class Options(TypedDict, total=False):
         trainable: ``lora`` (default) or ``full``.
         rank: of LoRA; default 32.
         alpha: LoRA's outputs are scaled by alpha / rank; default 64.
+        targets: names of the layers that LoRA is added to; default the family's `lora_targets`.
         seed: of the values that LoRA starts from; default 0.
         resolution: side of the images in pixels; default what the checkpoint was made for.
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
@@ -52,6 +54,7 @@ class Options(TypedDict, total=False):
     trainable: Literal["lora", "full"]
     rank: int
     alpha: float
+    targets: Sequence[str] | None
     seed: int
     resolution: int | None
     gradient_checkpointing: bool
@@ -72,11 +75,13 @@ class DiffusersPolicy(Policy):
         pipeline_class: of diffusers.
         denoiser_name: the pipeline's component that is trained.
         text_encoders: its components that read text.
+        lora_targets: names of the layers that LoRA is added to where nothing else is said.
     """
 
     pipeline_class: ClassVar[Any]
     denoiser_name: ClassVar[str]
     text_encoders: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -86,10 +91,10 @@ class DiffusersPolicy(Policy):
         vae_dtype: torch.dtype,
         device: torch.device,
         trainable: Literal["lora", "full"],
-        targets: Sequence[str],
         latent_shape: tuple[int, int, int],
         rank: int = 32,
         alpha: float = 64.0,
+        targets: Sequence[str] | None = None,
         seed: int = 0,
         gradient_checkpointing: bool = False,
         vae_gradient_checkpointing: bool = False,
@@ -114,7 +119,7 @@ class DiffusersPolicy(Policy):
         if dtype == torch.float64:
             _use_double_norms(self.denoiser)
         if trainable == "lora":
-            add_lora(self.denoiser, targets, rank, alpha, seed)
+            add_lora(self.denoiser, self.lora_targets if targets is None else targets, rank, alpha, seed)
             _store_frozen(self.denoiser, dtype)
         else:
             self.denoiser.requires_grad_(True)
@@ -133,10 +138,17 @@ class DiffusersPolicy(Policy):
         if vae_tiling:
             self.vae.enable_tiling()
         if compile:
+            limit = torch._dynamo.config.recompile_limit  # graphs: batch sizes x with and without gradients x views
+            torch._dynamo.config.recompile_limit = max(limit, MOST_GRAPHS)
             self.denoiser.compile(dynamic=False)
         self._unconditional: Condition | None = None
         self._flops: dict[str, float] | None = None
         self._encoders_ready = not offload_text_encoders
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Unpack[Options]) -> Self:
+        """Loads a checkpoint and makes its denoiser trainable; see `load`."""
+        return cls.load(source, **options)
 
     @classmethod
     def load(
@@ -151,7 +163,7 @@ class DiffusersPolicy(Policy):
         trainable: Literal["lora", "full"] = "lora",
         **options: Any,
     ) -> Self:
-        """Loads a checkpoint and makes its denoiser trainable; what every family's `from_pretrained` ends in.
+        """What every family's `from_pretrained` ends in.
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
@@ -168,6 +180,11 @@ class DiffusersPolicy(Policy):
         pipeline = load_pipeline(cls.pipeline_class, source, revision, weights, cls.check_checkpoint, dtypes)
         device = torch.device(device)
         return cls(pipeline, dtype=compute, vae_dtype=vae_compute, device=device, trainable=trainable, **options)
+
+    @classmethod
+    def check_source(cls, source: str | Path, revision: str | None = None) -> None:
+        """Checks a checkpoint that is to be loaded later; one of the hub is downloaded. Raises as `load` does."""
+        cls.check_checkpoint(local_folder(source, revision, cls.pipeline_class, weights="pretrained"))
 
     @classmethod
     @abstractmethod

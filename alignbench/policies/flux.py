@@ -7,7 +7,6 @@ that guidance is an input. Packing stays inside: latents here are [B, C, h, w], 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -22,21 +21,6 @@ from alignbench.policies.policy import Condition
 from alignbench.policies.saved_pipeline import WeightSource, check_components, check_flow_scheduler, read_index
 from alignbench.sampling.flow import FlowPath, dynamic_grid, shifted_linspace
 
-LORA_TARGETS = (  # those of Flow-GRPO's official code for FLUX.1-dev
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-
 
 class FluxPolicy(DiffusersPolicy):
     """A `FluxPipeline` whose transformer is trained.
@@ -48,6 +32,20 @@ class FluxPolicy(DiffusersPolicy):
     pipeline_class = FluxPipeline
     denoiser_name = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2")
+    lora_targets = (  # those of Flow-GRPO's official code for FLUX.1-dev
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
     path: FlowPath
 
     def __init__(
@@ -85,7 +83,6 @@ class FluxPolicy(DiffusersPolicy):
         cls,
         source: str | Path,
         *,
-        targets: Sequence[str] = LORA_TARGETS,
         guidance_embedding: float | None = 3.5,
         max_sequence_length: int = 512,
         **options: Unpack[Options],
@@ -97,13 +94,12 @@ class FluxPolicy(DiffusersPolicy):
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
-            targets: names of the layers that LoRA is added to.
             guidance_embedding: the model's guidance input, in sampling and in training; null for a model without one.
             max_sequence_length: T5 tokens.
             options: see `Options`.
         """
         own = {"guidance_embedding": guidance_embedding, "max_sequence_length": max_sequence_length}
-        return cls.load(source, targets=targets, **own, **options)
+        return cls.load(source, **own, **options)
 
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:

@@ -31,6 +31,9 @@ KEY = re.compile(
 )
 
 
+KOHYA = re.compile(r"lora_(?:unet|te\d?|transformer)_")  # the layers' paths have _ for ., as their names do
+
+
 @dataclass(frozen=True)
 class Lora:
     """Low-rank updates of linear layers, scaled: a layer's weight becomes ``W + B A``.
@@ -90,6 +93,11 @@ def read_lora(source: str) -> Lora:
         raise CheckpointError(
             f"{path}: not a safetensors file that can be read ({error}); download it again"
         ) from error
+    if any(map(KOHYA.match, tensors)):
+        raise CheckpointError(
+            f"{path} is in kohya's format; diffusers converts it: pipe.load_lora_weights(FILE), then "
+            "pipe.transformer.save_lora_adapter(FOLDER), or pipe.unet for a U-Net; evaluate FOLDER"
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)

@@ -5,7 +5,6 @@ The model: Esser et al., "Scaling Rectified Flow Transformers for High-Resolutio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -19,17 +18,6 @@ from alignbench.policies.policy import Condition
 from alignbench.policies.saved_pipeline import WeightSource, check_components, check_flow_scheduler, read_index
 from alignbench.sampling.flow import FlowPath, pipeline_grid, shifted_linspace
 
-LORA_TARGETS = (  # with the prefix: bare names would also hit attn2, the second attention of SD3.5-Medium
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
-
 
 class StableDiffusion3Policy(DiffusersPolicy):
     """A `StableDiffusion3Pipeline` whose transformer is trained."""
@@ -37,6 +25,16 @@ class StableDiffusion3Policy(DiffusersPolicy):
     pipeline_class = StableDiffusion3Pipeline
     denoiser_name = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_targets = (  # with the prefix: bare names would also hit attn2, the second attention of SD3.5-Medium
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
     path: FlowPath
 
     def __init__(
@@ -63,7 +61,6 @@ class StableDiffusion3Policy(DiffusersPolicy):
         cls,
         source: str | Path,
         *,
-        targets: Sequence[str] = LORA_TARGETS,
         max_sequence_length: int = 256,
         **options: Unpack[Options],
     ) -> Self:
@@ -73,11 +70,10 @@ class StableDiffusion3Policy(DiffusersPolicy):
 
         Args:
             source: folder of a saved pipeline, or a hub id ``owner/name``.
-            targets: names of the layers that LoRA is added to.
             max_sequence_length: T5 tokens; without T5 that many zero embeddings are appended, as in the pipeline.
             options: see `Options`.
         """
-        return cls.load(source, targets=targets, max_sequence_length=max_sequence_length, **options)
+        return cls.load(source, max_sequence_length=max_sequence_length, **options)
 
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:

@@ -7,9 +7,8 @@ The models: Rombach et al., arXiv 2112.10752; Podell et al., arXiv 2307.01952. L
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -22,7 +21,7 @@ from diffusers import (
 from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
-from alignbench.policies.diffusers_policy import DiffusersPolicy, Options, latent_side
+from alignbench.policies.diffusers_policy import DiffusersPolicy, latent_side
 from alignbench.policies.policy import Condition
 from alignbench.policies.saved_pipeline import (
     WeightSource,
@@ -33,7 +32,6 @@ from alignbench.policies.saved_pipeline import (
 )
 from alignbench.sampling.flow import DiffusionPath
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # self- and cross-attention
 SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -46,13 +44,14 @@ SCHEDULE = (
 
 
 class UNetPolicy(DiffusersPolicy):
-    """A pipeline of the Stable Diffusion family whose U-Net is trained.
+    """A pipeline of the Stable Diffusion family whose U-Net is trained. A safety checker is left out.
 
     Attributes:
         model: what checkpoints hold, in words.
     """
 
     denoiser_name = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # self- and cross-attention
     model: ClassVar[str]
     path: DiffusionPath
 
@@ -65,19 +64,6 @@ class UNetPolicy(DiffusersPolicy):
         schedule = pipeline.scheduler.config
         self.scheduler = DDIMScheduler(**{key: schedule[key] for key in SCHEDULE if key in schedule})
         self.path = DiffusionPath(self.scheduler.alphas_cumprod)
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, *, targets: Sequence[str] = LORA_TARGETS, **options: Unpack[Options]
-    ) -> Self:
-        """Loads a checkpoint and makes its U-Net trainable; see `DiffusersPolicy.load`. A safety checker is left out.
-
-        Args:
-            source: folder of a saved pipeline, or a hub id ``owner/name``.
-            targets: names of the layers that LoRA is added to.
-            options: see `Options`.
-        """
-        return cls.load(source, targets=targets, **options)
 
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:

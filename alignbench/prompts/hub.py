@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.errors import ConfigError, DataError
+from alignbench.hub import refusal
 from alignbench.prompts.prompt import Prompt
 from alignbench.prompts.sets import LONGEST_PROMPT
 
@@ -99,7 +100,7 @@ class PromptColumns:
             revision = None if folder.exists() else self.revision
             return datasets.load_dataset(path, split=split, data_files=files, revision=revision)
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = refusal(error)
             raise DataError(
                 f"{path}: cannot be read as a data set with the split {split!r} ({reason}); give a folder with data "
                 "files, or a hub id that is in the local cache or can be downloaded"

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from alignbench.methods.diffusion_nft import nft_loss, old_decay, optimality
+from alignbench import assembly
+from alignbench.methods.diffusion_nft import DiffusionNFT, nft_loss, old_decay, optimality
+from alignbench.methods.method import Clock
+from alignbench.prompts.sets import draw
 from alignbench.sampling.flow import FlowPath
+from tests.conftest import Compose
 
 PATH = FlowPath()
 
@@ -98,3 +102,76 @@ def test_old_weights_follow_the_official_schedules() -> None:
     assert [old_decay(k, 0) for k in (0, 1000)] == [0, 0]
     assert [old_decay(k, 1) for k in (0, 100, 500, 9999)] == [0, 0.1, 0.5, 0.5]
     assert [old_decay(k, 2) for k in (0, 75, 175, 9999)] == [0, 0, 0.75, 0.999]
+
+
+# The method
+
+
+def test_the_method_samples_with_the_old_weights_and_trains_the_current_ones(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three different sets of weights, and the method's loss from its predictions one image and time at a time."""
+    settings = ("beta=0.3", "kl=0.2", "times=2", "old_schedule=2", "mode=all")
+    config = tiny_run(
+        "method=diffusion_nft",
+        "overlay=none",
+        "model.policy.dtype=float64",
+        *(f"method.algorithm.{s}" for s in settings),
+    )
+    parts = assembly.assemble(config)
+    method, stack, policy = parts.method, parts.stack, parts.policy
+    assert isinstance(method, DiffusionNFT)
+    generator = torch.Generator().manual_seed(0)
+
+    def move() -> None:
+        for parameter in policy.trainable_parameters().values():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    move()
+    policy.blend("old", 0.0)
+    move()
+    sampled: list[str] = []
+    sample = stack.sample
+    monkeypatch.setattr(
+        stack, "sample", lambda *given, view, **more: sampled.append(view) or sample(*given, view=view, **more)
+    )
+    experience = method.collect(stack, draw(parts.prompts, 2, 0, 0, "none"), Clock())
+    assert sampled == ["old"]
+
+    update = next(method.updates(experience, stack, Clock()))
+    batch = update.batch(range(update.atoms))
+    grid = policy.grid(method.sampler.steps, method.sampler.grid).tolist()
+    for first in range(0, update.atoms, 2):
+        times = batch.terms["t"][first : first + 2].tolist()
+        assert times[0] > times[1] > 0  # two different steps, each of the grid
+        assert set(times) <= set(grid)
+    loss = method.loss(stack, update, batch)
+    total, distances = 0.0, {"old": 0.0, "reference": 0.0}
+    for row in range(update.atoms):
+        one = {name: value[row : row + 1] for name, value in batch.terms.items()}
+        with torch.no_grad():
+            v = {
+                view: policy.predict(one["x_t"], one["t"], batch.condition[row : row + 1], view=view)
+                for view in ("current", "old", "reference")
+            }
+        given = {
+            "v": v["current"],
+            "v_old": v["old"],
+            "x_t": one["x_t"],
+            "x_0": one["x_0"],
+            "t": one["t"],
+            "r": one["r"],
+        }
+        total += float(reference(given, 0.3, method.a_max)[0])
+        for view in distances:
+            distances[view] += float(((v["current"] - v[view]) ** 2).mean())
+    assert min(distances.values()) > 1e-4 * update.atoms
+    assert abs(distances["old"] / distances["reference"] - 1) > 1e-3
+    assert loss.total.item() == pytest.approx(total + 0.2 * distances["reference"], rel=1e-9)
+    assert loss.metrics["kl"].item() == pytest.approx(distances["reference"], rel=1e-9)
+
+    old, current = (policy.weights.tensors(view) for view in ("old", "current"))
+    before = {name: value.detach().clone() for name, value in old.items()}
+    method.after_iteration(policy, Clock(optimizer_steps=115))
+    for name, value in policy.weights.tensors("old").items():  # decay 0.0075 (115 - 75) = 0.3
+        torch.testing.assert_close(value, 0.3 * before[name] + 0.7 * current[name].detach())

@@ -607,3 +607,59 @@ def test_images_of_another_size_than_the_models_are_refused(tiny_run: Compose, f
 def test_values_that_cannot_work(tiny_run: Compose, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(configured(tiny_run, *overrides))
+
+
+@pytest.mark.parametrize("safeguard", ["none", "pair", "batch"])
+@pytest.mark.parametrize("base", ["dpo", "dspo", "dmpo"])
+def test_the_step_holds_back_the_losers_gradient_by_the_pairs_or_the_batchs_lambda(
+    tiny_run: Compose, monkeypatch: pytest.MonkeyPatch, base: str, safeguard: str
+) -> None:
+    """Value and gradients of the method's loss, with derivatives by hand in NumPy."""
+    beta, alpha, mu = (0.7 if base == "dspo" else 7.0), 0.05, 0.6
+    settings = {"base": base, "beta": beta, "alpha": alpha, "mu": mu, "safeguard": safeguard}
+    overrides = [f"method.algorithm.{key}={value}" for key, value in settings.items()]
+    parts = assembly.assemble(configured(tiny_run, "model.policy.dtype=float64", *overrides))
+    stack, method = parts.stack, parts.method
+    experience = method.collect(stack, draw(parts.prompts, 2, 0, 0, "none"), Clock())
+    update = next(method.updates(experience, stack, Clock()))
+    batch = update.batch(range(3))
+    t_w, t_l = (batch.terms["noise"] - batch.terms[name] for name in ("winner", "loser"))  # velocities
+    generator = torch.Generator().manual_seed(0)
+    off, other, ref_w, ref_l = torch.randn(4, *t_w.shape, generator=generator, dtype=torch.float64)
+    along = torch.tensor([2.0, -1.0, 0.3], dtype=torch.float64).view(3, 1, 1, 1)  # the loser's error, of the winner's
+    p_w, p_l = t_w + off, t_l + along * off + 0.1 * other
+    current = torch.cat([p_w, p_l]).requires_grad_()
+    predictions = {"current": current, "reference": torch.cat([t_w + ref_w, t_l + ref_l])}
+    monkeypatch.setattr(stack, "predict", lambda *_, view: predictions[view])
+    method.prepare(stack, update)
+    loss = method.loss(stack, update, batch)
+    loss.total.backward()
+
+    e_w, e_l, r_w, r_l = (each.flatten(1).numpy() for each in (off, (p_l - t_l).detach(), ref_w, ref_l))
+    n = e_w.shape[1]
+    products, norms = 4 / n**2 * (e_w * e_l).sum(1), 4 / n**2 * (e_w**2).sum(1)
+    if safeguard == "batch":
+        products, norms = np.full(3, products.sum()), np.full(3, norms.sum())
+    scale = np.ones(3)
+    if safeguard != "none":
+        scale[products > 0] = np.minimum(1, (1 - mu) * norms[products > 0] / (products[products > 0] + 1e-9))
+    u = -beta / 2 * ((e_w**2).mean(1) - (e_l**2).mean(1) - (r_w**2).mean(1) + (r_l**2).mean(1))
+    s = 1 / (1 + np.exp(-u))
+    direct = np.zeros_like(e_w)
+    if base == "dpo":
+        value, by_u = -np.log(s), s - 1
+    elif base == "dmpo":
+        value = s * np.log(s / (1 - alpha)) + (1 - s) * np.log((1 - s) / alpha)
+        by_u = s * (1 - s) * (np.log(s / (1 - alpha)) - np.log((1 - s) / alpha))
+    else:
+        moved = e_w - r_w  # of the winner's prediction from the reference's
+        rest = e_w - beta * (1 - s)[:, None] * moved
+        value, by_u = (rest**2).mean(1), (2 * rest * beta * (s * (1 - s))[:, None] * moved).mean(1)
+        direct = 2 / n * rest * (1 - beta * (1 - s))[:, None]
+    gradients = [direct - beta / n * by_u[:, None] * e_w, beta / n * (by_u * scale)[:, None] * e_l]
+    assert loss.total.item() == pytest.approx(value.sum(), rel=1e-10)
+    assert current.grad is not None
+    np.testing.assert_allclose(current.grad.flatten(1).numpy(), np.concatenate(gradients), rtol=1e-9, atol=1e-14)
+    assert loss.metrics["lambda"].item() == pytest.approx(scale.sum(), rel=1e-9)
+    assert loss.metrics["lambda_below_one"].item() == (scale < 1).sum()
+    assert (scale < 1).sum() == {"none": 0, "pair": 1, "batch": 3}[safeguard]

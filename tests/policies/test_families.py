@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignbench.errors import CheckpointError, ConfigError
-from alignbench.policies import diffusers_policy
+from alignbench.policies import diffusers_policy, saved_pipeline
 from alignbench.policies.diffusers_policy import DiffusersPolicy
 from alignbench.policies.flux import FluxPolicy, pack, unpack
 from alignbench.policies.unet import StableDiffusionPolicy, StableDiffusionXLPolicy
@@ -183,6 +183,46 @@ def test_sdxl_without_zeros_contrasts_with_the_empty_text(folders: dict[str, Pat
     expected = pipeline_latents("sdxl", pipe, policy.noise(range(3)), 2.5)
     assert (euler(policy, 2.5) - expected).abs().max() < 1e-4
     assert (euler(load("sdxl", folders), 2.5) - expected).abs().max() > 1e-2  # the same weights, zeros
+
+
+def test_stable_diffusion_1_as_it_was_published(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its repository names another sampler and a safety checker: the policy walks DDIM's steps and loads no checker."""
+    published = shutil.copytree(folders["sd15"], tmp_path / "published")
+    index = json.loads((published / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # there is no such folder here
+    (published / "model_index.json").write_text(json.dumps(index))
+    settings = json.loads((published / "scheduler" / "scheduler_config.json").read_text())
+    settings |= {
+        "_class_name": "PNDMScheduler",
+        "skip_prk_steps": True,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+    }
+    (published / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    policy = load("sd15", folders, folder=published)
+    assert type(policy.pipeline.scheduler).__name__ == "PNDMScheduler"
+    assert policy.pipeline.safety_checker is None
+    pipe = pipeline("sd15", folders)
+    expected = pipeline_latents("sd15", pipe, policy.noise(range(3)), 4.5)
+    assert (euler(policy, 4.5) - expected).abs().max() < 1e-4
+
+
+def test_a_hub_id_is_downloaded_at_its_revision(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(source: str, revision: str | None) -> str:
+        asked.append((source, revision))
+        return str(folders[name])
+
+    monkeypatch.setattr(FAMILIES[name].policy.pipeline_class, "download", download)
+    monkeypatch.setattr(saved_pipeline, "snapshot_download", lambda *id, revision, **_: download(*id, revision))
+    for weights in ("pretrained", "random"):
+        policy = load(name, folders, folder="owner/a-model", revision="v2", weights=weights)
+        assert policy.latent_shape == load(name, folders).latent_shape
+    assert asked == 2 * [("owner/a-model", "v2")]
 
 
 @pytest.mark.parametrize(("family", "layer"), [(key, layer) for key in FAMILIES for layer in FAMILIES[key].weights])

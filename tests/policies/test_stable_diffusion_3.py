@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
 from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
+from alignbench.sampling.rollout import Sampler, sample
 from tests.tiny import tiny_sd3
 
 TEXTS = ["a red dog", "two cats", "a red dog"]
@@ -52,12 +52,14 @@ def randomise_lora(policy: StableDiffusion3Policy) -> None:
 
 
 def euler(policy: StableDiffusion3Policy, guidance: float, view: str = "current") -> Tensor:
-    x, condition, grid = policy.noise(range(len(TEXTS))), policy.encode(TEXTS), policy.grid(STEPS)
+    condition, noise = policy.encode(TEXTS), policy.noise(range(len(TEXTS)))
+
+    def predict(latents: Tensor, sigma: Tensor) -> Tensor:
+        return policy.predict(latents, sigma, condition, guidance=guidance, view=view)
+
     with torch.no_grad():
-        for sigma, following in pairwise(grid):
-            velocity = policy.predict(x, sigma.expand(len(x)), condition, guidance=guidance, view=view)
-            x = x + (following - sigma) * velocity
-    return x
+        latents, _ = sample(predict, noise, policy.grid(STEPS), Sampler(STEPS), policy.noise)
+    return latents
 
 
 def pipeline_latents(pipe: StableDiffusion3Pipeline, noise: Tensor, guidance: float, tokens: int) -> Tensor:
