@@ -76,10 +76,11 @@ def card(run: Run, picture: bool = False) -> str:
         "pipeline_tag": "text-to-image",
         "tags": [*tags, "alignbench", method],
     }
+    detected = "geneval" in run.run["reward"] and model.get("domain") == "photo"  # not by the official detector
     git = run.run.get("git", {})
     facts = [
         ("method", f"{method}{'@' + run.run['variant'] if run.run.get('variant') else ''}"),
-        ("reward", run.run["reward"]),
+        ("reward", run.run["reward"] + (" (detector: geneval-hf)" if detected else "")),
         ("base model", f"{base} (`model={model['name']}`)"),
         ("weights", f"{'LoRA' if trainable == 'lora' else 'full denoiser'}, average over the last part of the budget"),
         ("seed", run.run["seed"]),

@@ -1,7 +1,8 @@
 """`python -m alignbench.status results/`: which runs of a grid are done, running, failed, stopped or missing.
 
-Reads the records and nothing else, at any time and from any machine that sees them. A cell of the grid is a method, a
-reward and a seed that occur in an experiment; one without a folder is missing.
+Reads the records and nothing else, at any time and from any machine that sees them. A cell is a method, a reward and a
+seed of an experiment. Missing are those without a run that a sweep was asked for, and seeds that a method lacks while
+another method that is trained on the same reward has them; variants of methods may have other seeds.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from rich.text import Text
 from alignbench.errors import RecordError
 from alignbench.records import ROW_FILES, Run, find_runs, read_run, writer
 
+Place = tuple[str, str, str, str, int]  # experiment, model, reward, method, seed
 State = Literal["done", "running", "failed", "stopped", "missing"]
 COLOURS: dict[State, str] = {
     "done": "green",
@@ -53,6 +55,10 @@ class Cell:
     seconds_left: float | None = None
     message: str = ""
 
+    @property
+    def place(self) -> Place:
+        return self.experiment, self.model, self.reward, self.method, self.seed
+
 
 def grid(root: Path) -> list[Cell]:
     """Every cell of every experiment at or below a folder, missing ones included.
@@ -60,36 +66,53 @@ def grid(root: Path) -> list[Cell]:
     Raises:
         RecordError: no such folder.
     """
-    found: dict[str, list[Cell]] = {}
-    for folder in find_runs(root):
-        cell = read_cell(folder)
-        if cell is not None:
-            found.setdefault(cell.experiment, []).append(cell)
-    return [cell for cells in found.values() for cell in completed(cells)]
+    cells = [cell for folder in find_runs(root) if (cell := read_cell(folder)) is not None]
+    return completed(cells, asked(root))
 
 
-def completed(cells: Sequence[Cell]) -> list[Cell]:
-    """An experiment's cells and those that its grid lacks, sorted."""
-    known = {(cell.model, cell.reward, cell.method, cell.seed): cell for cell in cells}
-    models, rewards, methods = ({getattr(cell, axis) for cell in cells} for axis in ("model", "reward", "method"))
-    places = itertools.product(sorted(models), sorted(rewards), sorted(methods), sorted({cell.seed for cell in cells}))
-    return [known.get(place) or Cell(cells[0].experiment, *place, state="missing") for place in places]
+def completed(cells: Sequence[Cell], asked: Iterable[Place]) -> list[Cell]:
+    """Cells with a run and those that are missing, sorted."""
+    known = {cell.place: cell for cell in cells}
+    seeds: dict[tuple[str, str, str], set[int]] = {}
+    plain = [cell for cell in cells if "@" not in cell.method]
+    for cell in plain:
+        seeds.setdefault(cell.place[:3], set()).add(cell.seed)
+    wanted = {(*cell.place[:4], seed) for cell in plain for seed in seeds[cell.place[:3]]}
+    return [known.get(place) or Cell(*place, state="missing") for place in sorted({*known, *wanted, *asked})]
+
+
+def asked(root: Path) -> Iterator[Place]:
+    """Cells at or below a folder that sweeps were asked for, by the sweeps' notes; what cannot be read says nothing."""
+    root = root.resolve()
+    for sweeps in (*root.rglob(".sweep"), *(above / ".sweep" for above in root.parents)):
+        for note in sweeps.glob("*/*.json"):
+            try:
+                told = json.loads(note.read_bytes())
+                folder = (note.parent / told["folder"]).resolve()
+                wanted = told["outcome"] != "planned" and folder.is_relative_to(root)
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+            place = place_of(folder)
+            if wanted and place is not None:
+                yield place
+
+
+def place_of(folder: Path) -> Place | None:
+    """The cell whose run a folder is for, by its name; None if it is not for one."""
+    experiment, model, reward, method, seed = ("", "", "", "", *folder.parts)[-5:]
+    number = re.fullmatch(r"seed(\d+)", seed)
+    return (experiment, model, reward, method, int(number[1])) if number else None
 
 
 def read_cell(folder: Path) -> Cell | None:
     """The cell whose run lies in a folder; None if it holds no training run."""
-    experiment, model, reward, method, seed = ("", "", "", "", *folder.resolve().parts)[-5:]
-    run = read_run(folder)
-    if not re.fullmatch(r"seed\d+", seed) or run.run.get("kind") == "evaluated":
+    place, run = place_of(folder.resolve()), read_run(folder)
+    if place is None or run.run.get("kind") == "evaluated":
         return None
     state, message = state_of(run)
     fraction = run.metrics[-1].get("fraction") if run.metrics else None
     return Cell(
-        experiment=experiment,
-        model=model,
-        reward=reward,
-        method=method,
-        seed=int(seed.removeprefix("seed")),
+        *place,
         state=state,
         fraction=fraction if isinstance(fraction, int | float) else None,
         seconds_left=seconds_left(run) if state == "running" else None,
@@ -162,7 +185,9 @@ def tables(cells: Sequence[Cell]) -> Iterable[Table | Text]:
         for seed in seeds:
             table.add_column(f"seed {seed}", no_wrap=True)
         for (model, reward, method), row in itertools.groupby(members, key=lambda c: (c.model, c.reward, c.method)):
-            table.add_row(*([model] if len(models) > 1 else []), reward, method, *map(shown, row))
+            states = {cell.seed: shown(cell) for cell in row}
+            seen = [states.get(seed, "") for seed in seeds]
+            table.add_row(*([model] if len(models) > 1 else []), reward, method, *seen)
         yield table
         for cell in members:
             if cell.message:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from alignbench.configuration import run_folder
 from alignbench.errors import AlignbenchError, LockedError, RecordError
-from alignbench.records import atomic_write, read_run, writing
+from alignbench.records import atomic_write, read_run, writer, writing
 
 COLOURS = {  # by outcome
     "planned": "bright_black",
@@ -31,6 +31,7 @@ COLOURS = {  # by outcome
     "skipped": "green",
     "left": "cyan",
     "stopped": "yellow",
+    "not done": "red",  # left to a process that ended before the run did
     "failed": "red",
 }
 _begun: list[Path] = []  # the folder of this process's sweep
@@ -59,11 +60,13 @@ def cell(config: DictConfig) -> None:
     overrides = list(job.overrides.task)
     gc.collect()  # of the cell before: its model should be gone when this one's is loaded
     outcome, message = "done", ""
+    folder: str | None = None
     try:
         schema.check(config)
+        folder = os.path.relpath(run_folder(config, overrides), job.sweep.dir)
         if config.dry_run:
             outcome = "planned"
-        elif read_run(run_folder(config, overrides)).status.get("status") == "done":
+        elif _done(Path(job.sweep.dir, folder)):
             outcome = "skipped"
         run(config, overrides)
     except BaseException as error:
@@ -76,8 +79,16 @@ def cell(config: DictConfig) -> None:
             _tell(cause)
     finally:
         if os.environ.get("RANK", "0") == "0":  # the process that writes records
-            note = {"overrides": overrides, "outcome": outcome, "message": message}
-            atomic_write(Path(job.sweep.dir) / f"{job.job.num}.json", json.dumps(note, indent=1) + "\n")
+            note = {"overrides": overrides, "folder": folder, "outcome": outcome, "message": message}
+            _write(Path(job.sweep.dir) / f"{job.job.num}.json", note)
+
+
+def _done(folder: Path) -> bool:
+    return read_run(folder).status.get("status") == "done"
+
+
+def _write(note: Path, content: dict[str, Any]) -> None:
+    atomic_write(note, json.dumps(content, indent=1) + "\n")
 
 
 def _verdict(error: BaseException) -> tuple[str, str]:
@@ -102,16 +113,31 @@ def _tell(error: Exception) -> None:
 
 @contextmanager
 def concluded() -> Iterator[None]:
-    """End a sweep that is begun inside with a table of its cells, and with exit status 1 if one failed."""
+    """End a sweep that is begun inside with a table of its cells, and with exit status 1 if one failed or is not done.
+
+    A cell that was left to another process may well be running or done by now. It is not done where that process ended.
+    """
     _begun.clear()
     try:
         yield
     finally:
+        for folder in _begun:
+            _look_after(folder)
         cells = [cell for folder in _begun for cell in _cells(folder)]
         if cells:
             _print(cells)
-    if any(cell["outcome"] == "failed" for cell in cells):
+    if any(cell["outcome"] in ("failed", "not done") for cell in cells):
         sys.exit(1)
+
+
+def _look_after(sweep: Path) -> None:
+    """Say of each cell that was left to another process whether that process ended without finishing it."""
+    for note in sweep.glob("*.json"):
+        cell = json.loads(note.read_bytes())
+        folder = sweep / (cell["folder"] or "")
+        if cell["outcome"] == "left" and writer(folder) is None and not _done(folder):  # in this order: it may end now
+            message = f"left {cell['message']}, which has ended; the same command continues it"
+            _write(note, cell | {"outcome": "not done", "message": message})
 
 
 def _cells(sweep: Path) -> list[dict[str, Any]]:

@@ -64,6 +64,25 @@ def test_a_model_that_predicts_the_noise_in_bfloat16(tmp_path: Path) -> None:
     assert record["largest_micro_batch"] == {}
 
 
+@pytest.mark.parametrize(("model", "methods"), [("flux_dev", cost.METHODS), ("sdxl", ("sdpo",))])
+def test_the_methods_that_are_measured_where_none_is_named(
+    model: str, methods: tuple[str, ...], tmp_path: Path
+) -> None:
+    record = run(tmp_path, "--model", model)
+    assert [row["method"] for row in record["rows"]] == list(methods)
+    for row in record["rows"]:
+        assert row["seconds_per_update"] > 0
+
+
+@pytest.mark.parametrize("model", cost.MODELS)
+def test_the_plain_variant_is_plain(model: str) -> None:
+    for variant, (checkpointing, compiled) in (
+        ("plain", (False, False)), ("checkpointing", (True, False)), ("compile", (False, True)),
+    ):  # fmt: skip
+        settings = configured(model).model.policy | cost.VARIANTS[variant]
+        assert (settings["gradient_checkpointing"], settings["compile"]) == (checkpointing, compiled)
+
+
 def test_a_method_that_does_not_fit_into_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("out of memory")

@@ -84,7 +84,7 @@ def test_a_base_model_of_the_hub_is_linked_and_an_embedded_one_is_found() -> Non
     described |= {"git": {"commit": None, "dirty": None}}
 
     def with_policy(scales: Sequence[float] = (1.0, 4.5), **policy: object) -> str:
-        config = {"model": {"name": "m", "policy": policy}, "method": {"name": "awm"}}
+        config = {"model": {"name": "m", "domain": "photo", "policy": policy}, "method": {"name": "awm"}}
         protocol = {"steps": 40, "guidance": list(scales)}
         return card(Run(Path(), described | {"final_protocol": protocol}, config, {}, [], [], ()))
 
@@ -92,6 +92,7 @@ def test_a_base_model_of_the_hub_is_linked_and_an_embedded_one_is_found() -> Non
     header = yaml.safe_load(hub.split("---\n")[1])
     assert (header["base_model"], "lora" in header["tags"]) == ("owner/a-model", False)
     assert "| method | awm@beta=1 |" in hub
+    assert "| reward | geneval (detector: geneval-hf) |" in hub
     assert 'DiffusionPipeline.from_pretrained("owner/a-model")' in hub
     assert "AutoModel.from_pretrained" in hub
     assert "num_inference_steps=40, guidance_scale=1, height=512, width=512)" in hub

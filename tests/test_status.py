@@ -36,24 +36,57 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def note(results: Path, number: int, cell: str, outcome: str = "done", sweep: str = "one", **more: Any) -> None:
+    """Write what a sweep notes of a cell, "experiment/model/reward/method/seed0"."""
+    folder = results / ".sweep" / sweep
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"overrides": [], "folder": f"../../{cell}", "outcome": outcome, "message": ""} | more
+    (folder / f"{number}.json").write_text(json.dumps(told))
+
+
 def test_every_cell_of_the_grid_is_there(results: Path) -> None:
     found = grid(results)
     first = states([cell for cell in found if cell.experiment == "first"])
-    assert list(first) == [
-        (reward, method, seed)
-        for reward in ("exact_scene", "geneval")
-        for method in ("diffusion_nft", "flow_grpo")
-        for seed in (0, 2, 10)
-    ]
-    assert {place: state for place, state in first.items() if state != "missing"} == {
-        ("exact_scene", "flow_grpo", 0): "failed",
+    assert first == {
+        ("exact_scene", "flow_grpo", 0): "failed",  # nobody asked for diffusion_nft there
         ("geneval", "diffusion_nft", 0): "done",
+        ("geneval", "diffusion_nft", 2): "missing",  # flow_grpo has it
         ("geneval", "diffusion_nft", 10): "failed",
         ("geneval", "flow_grpo", 0): "stopped",
         ("geneval", "flow_grpo", 2): "stopped",
+        ("geneval", "flow_grpo", 10): "missing",
     }
-    assert [(cell.experiment, cell.state) for cell in found[12:]] == [("second", "done")]
-    assert grid(results / "second" / "shapes") == found[12:]  # from any folder above a run
+    assert list(first) == sorted(first)
+    assert [(cell.experiment, cell.state) for cell in found[7:]] == [("second", "done")]
+    assert grid(results / "second" / "shapes") == found[7:]  # from any folder above a run
+
+
+def test_a_method_is_missing_where_a_sweep_was_asked_for_it(results: Path) -> None:
+    before = grid(results)
+    note(results, 0, "first/shapes/exact_scene/diffusion_nft/seed3", outcome="failed")
+    note(results, 1, "first/shapes/exact_scene/flow_grpo/seed0")  # has a folder
+    note(results, 0, "second/shapes/geneval/awm@beta=1/seed4", outcome="left", sweep="two")
+    note(results, 1, "first/shapes/geneval/dpo/seed0", outcome="planned", sweep="two")
+    note(results, 2, "anywhere", sweep="two")
+    note(results, 3, "", sweep="two", folder=None)  # the configuration was wrong
+    (results / ".sweep" / "two" / "4.json").write_text('{"overrides": ')
+    (results / ".sweep" / "two" / "5.json").write_text("[]")
+    found = grid(results)
+    assert set(before) < set(found)
+    assert {cell for cell in found if cell not in before} == {
+        Cell("first", "shapes", "exact_scene", "diffusion_nft", 3, "missing"),
+        Cell("second", "shapes", "geneval", "awm@beta=1", 4, "missing"),
+    }
+    assert [cell.place for cell in found] == sorted(cell.place for cell in found)
+    assert grid(results / "second") == [cell for cell in found if cell.experiment == "second"]  # notes lie above it
+
+
+def test_a_variant_needs_no_seeds_that_it_was_not_run_with(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "sdpo", "exact_scene", seed, until=0.0, grids=False)
+    write_run(tmp_path, "sdpo", "exact_scene", 7, variant="safeguard=none", until=0.0, grids=False)
+    write_run(tmp_path, "srpo", "pickscore", 2, until=0.0, grids=False)
+    assert [cell.state for cell in grid(tmp_path)] == ["done"] * 4
 
 
 def test_who_holds_the_lock_is_running_whatever_the_status_says(results: Path) -> None:
@@ -72,16 +105,40 @@ def test_the_table_and_its_totals(results: Path, capsys: pytest.CaptureFixture[s
     assert lines[0] == "first"
     assert lines[1].split("  ")[0] == "reward"
     assert lines[1].split()[-6:] == ["seed", "0", "seed", "2", "seed", "10"]
-    assert lines[5].split() == ["geneval", "flow_grpo", "stopped", "stopped", "30%", "missing"]
+    assert lines[2].split() == ["exact_scene", "flow_grpo", "failed"]
+    assert lines[4].split() == ["geneval", "flow_grpo", "stopped", "stopped", "30%", "missing"]
     assert "shapes/geneval/diffusion_nft/seed10: diverged [at 3]" in lines
-    assert lines[-1] == "13 cells: 2 done, 2 failed, 2 stopped, 7 missing"
+    assert lines[-1] == "8 cells: 2 done, 2 failed, 2 stopped, 2 missing"
+
+
+def test_the_table_of_a_grid_that_is_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished, a running, a failed and a missing cell, and a place that nobody asked for."""
+    write_run(tmp_path, "awm", "geneval", 0, grids=False)
+    running = write_run(tmp_path, "awm", "geneval", 1, status="running", until=0.0, grids=False)
+    with (running / "metrics.jsonl").open("a") as rows:
+        rows.write('{"fraction": 0.4}\n')
+    write_run(tmp_path, "dpo", "geneval", 0, status="failed", message="out of luck", until=0.0, grids=False)
+    note(tmp_path, 0, "first/shapes/pickscore/srpo/seed0", outcome="stopped")
+    with (running / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([str(tmp_path)]) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "first",
+        "reward     method  seed 0   seed 1",
+        "geneval    awm     done     running 40%",
+        "geneval    dpo     failed   missing",
+        "pickscore  srpo    missing",
+        "shapes/geneval/dpo/seed0: out of luck",
+        "",
+        "5 cells: 1 done, 1 running, 1 failed, 2 missing",
+    ]
 
 
 def test_json(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(results), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [Cell(**cell) for cell in told["cells"]] == grid(results)
-    assert told["totals"] == {"done": 2, "running": 0, "failed": 2, "stopped": 2, "missing": 7}
+    assert told["totals"] == {"done": 2, "running": 0, "failed": 2, "stopped": 2, "missing": 2}
 
 
 @pytest.mark.parametrize("name", ["run.json", "status.json", "config.yaml", "metrics.jsonl", "evaluations.jsonl"])
@@ -96,7 +153,7 @@ def test_damaged_records_are_told_and_stop_nothing(
         damaged.write_bytes(content)
     assert main([str(results)]) == 0
     assert states(grid(results))["geneval", "flow_grpo", 0] == "stopped"
-    assert capsys.readouterr().out.splitlines()[-1].startswith("13 cells: 2 done, 2 failed, 2 stopped, 7 missing")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("8 cells: 2 done, 2 failed, 2 stopped, 2 missing")
 
 
 def test_only_a_missing_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

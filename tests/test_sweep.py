@@ -1,5 +1,6 @@
 """Sweeps: what becomes of each cell, with every launcher, and with two sweeps on one grid."""
 
+import fcntl
 import gc
 import json
 import os
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from alignbench import assembly, sweep
+from alignbench import assembly, status, sweep
 from alignbench.__main__ import main
 from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
 from alignbench.prompts.prompt import Prompt
-from alignbench.records import RunDirectory, writer
+from alignbench.records import LOCK, RunDirectory, writer
 from alignbench.run import Loop
+from tests.report.synthetic import write_run
 from tests.stand_ins import Red
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -201,8 +203,17 @@ def test_two_sweeps_share_a_grid_and_one_goes_on_when_the_other_is_killed(
     first.wait(timeout=60)
     assert writer(cell_of(results, "flow_grpo", 0)) is None
     hold.unlink()
-    assert second.wait(timeout=600) == 0
-    assert outcomes(results) == [[], [("left", f"to process {first.pid}"), ("done", "")]]
+    assert second.wait(timeout=600) == 1  # nobody shall believe that all is done
+    ended = f"left to process {first.pid}, which has ended; the same command continues it"
+    assert outcomes(results) == [[], [("not done", ended), ("done", "")]]
+    told = (tmp_path / "log").read_text()
+    assert "sweep: 1 done, 1 not done" in told
+    assert f"  not done seed=0: {ended}\n" in told
+    assert {cell.place[3:]: cell.state for cell in status.grid(results)} == {
+        (folder.parent.name, seed): state
+        for seed, state in ((0, "stopped"), (1, "done"))
+        for folder in [cell_of(results, "flow_grpo", seed)]
+    }
 
     before = cell_of(results, "flow_grpo", 1).joinpath("metrics.jsonl").read_bytes()
     assert swept(monkeypatch, *grid) == 0
@@ -210,6 +221,38 @@ def test_two_sweeps_share_a_grid_and_one_goes_on_when_the_other_is_killed(
     assert cell_of(results, "flow_grpo", 1).joinpath("metrics.jsonl").read_bytes() == before
     for seed in (0, 1):
         assert [row["iteration"] for row in rows(cell_of(results, "flow_grpo", seed))] == [1, 2]
+
+
+def test_only_what_was_left_to_a_process_that_has_ended_is_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells that were left: one is done since, one has a live writer, one has nobody, one has no folder."""
+    folder = tmp_path / ".sweep" / "now"
+    folder.mkdir(parents=True)
+    for seed, state in enumerate(("done", "running", "running")):
+        write_run(tmp_path, seed=seed, status=state, until=0.0, grids=False)
+    for number in range(4):
+        told = {"overrides": [f"seed={number}"], "folder": f"../../first/shapes/geneval/diffusion_nft/seed{number}"}
+        (folder / f"{number}.json").write_text(json.dumps(told | {"outcome": "left", "message": "to process 1"}))
+    refused = {"overrides": ["seed=4"], "folder": None, "outcome": "done", "message": ""}
+    (folder / "4.json").write_text(json.dumps(refused))
+
+    def conclude() -> int | str | None:
+        try:
+            with sweep.concluded():
+                sweep._begun.append(folder)
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    with (tmp_path / "first/shapes/geneval/diffusion_nft/seed1" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert conclude() == 1
+        assert [name for name, _ in outcomes(tmp_path)[0]] == ["left", "left", "not done", "not done", "done"]
+        assert "sweep: 1 done, 2 left, 2 not done" in capsys.readouterr().out
+        for number in (2, 3):
+            (folder / f"{number}.json").unlink()
+        assert conclude() == 0
 
 
 @pytest.mark.parametrize(

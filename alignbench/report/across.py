@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ from alignbench.report.tables import (
     Group,
     Row,
     Table,
+    budget_note,
+    budgets,
     interval_cell,
     number,
     slug,
 )
 from alignbench.report.targets import Reaching, compare, reaching, stated
-from alignbench.report.verdict import goal, speed_cell
+from alignbench.report.verdict import goal, listed, speed_cell
 
 FACTORS = (1.0, 1.5, 2.0, 4.0)  # of the best method's time, in the performance profile
 
@@ -113,11 +115,47 @@ def _time(found: Reaching | None) -> float:
     return restricted_mean(found.times).mean
 
 
+def largest_block(finished: Mapping[str, Collection[str]]) -> tuple[list[str], list[str]]:
+    """At least two methods and the tasks that all of them finished, by the tasks that each method finished.
+
+    Of all such blocks that with most methods x tasks, of equals that with more tasks, then the first by name; empty
+    where no two methods finished one task.
+    """
+    sets: set[frozenset[str]] = set()
+    for tasks in finished.values():
+        sets |= {frozenset(tasks), *(other & frozenset(tasks) for other in sets)}
+    blocks = [(sorted(m for m, own in finished.items() if tasks <= set(own)), sorted(tasks)) for tasks in sets]
+    return max(
+        sorted((block for block in blocks if len(block[0]) > 1 and block[1]), key=lambda block: block[1]),
+        key=lambda block: (len(block[0]) * len(block[1]), len(block[1])),
+        default=([], []),
+    )
+
+
+def _left_out(study: Study, labels: Sequence[str], rewards: Sequence[str]) -> tuple[str, ...]:
+    """The note on what is outside the block of these methods and tasks, and why; none where nothing is."""
+    parts = [f"{label} (a variant)" for label in sorted({run.label for run in study.runs if run.variant})]
+    done = {task.reward: {label for label in task.labels if final_scores(task.of(label))} for task in study.comparisons}
+    for label in sorted({run.label for run in study.runs if not run.variant} - set(labels)):
+        lacks = [reward for reward in rewards if label not in done[reward]]
+        parts.append(f"{label} (no finished run on {listed(lacks)})")
+    for reward in sorted(done.keys() - set(rewards)):
+        lacks = [label for label in labels if label not in done[reward]]
+        parts.append(f"task {reward} ({f'no finished run of {listed(lacks)}' if lacks else 'several protocols'})")
+    return (f"Left out: {'; '.join(parts)}.",) if parts else ()
+
+
 def methods(study: Study) -> Table:
-    """Every method over the tasks that all methods finished: normalised scores, area, performance profile."""
-    tasks = _comparable(study)
-    labels = sorted({run.label for run in study.runs})
-    shared = [task for task in tasks if all(final_scores(task.of(label)) for label in labels)]
+    """Methods over tasks that all of them finished: normalised scores, area, performance profile.
+
+    Variants (`method@...`) are left out, of the rest what is outside the largest block of methods x tasks.
+    """
+    tasks = _comparable(study.restricted(run for run in study.runs if not run.variant))
+    plain = sorted({run.label for task in tasks for run in task.runs})
+    labels, rewards = largest_block(
+        {label: [task.reward for task in tasks if final_scores(task.of(label))] for label in plain}
+    )
+    shared = [task for task in tasks if task.reward in rewards]
     profile = profiles(shared, labels)
     rows, tidy = [], []
     for label, shares in zip(labels, profile, strict=True):
@@ -141,8 +179,10 @@ def methods(study: Study) -> Table:
         *(Column("Within", f"{factor:g} of the best time") for factor in FACTORS), Column("Tasks"),
     )  # fmt: skip
     title = f"{study.experiment}, {study.model}: over tasks"
-    named = ", ".join(task.reward for task in shared) or "none"
-    notes = (f"Tasks that every method finished under one protocol: {named}.",)
+    notes: tuple[str, ...] = ("No two methods, variants apart, finished a run of one task under one protocol.",)
+    if shared:
+        notes = (f"Tasks that every method here finished under one protocol: {', '.join(rewards)}.",)
+        notes += _left_out(study, labels, rewards)
     return Table(
         slug("tasks", study.experiment, study.model), title, columns, (Group("", tuple(rows)),), notes, tuple(tidy)
     )
@@ -161,6 +201,7 @@ def pairs(study: Study) -> Table:
         better = probability_of_improvement(firsts, seconds)
         orders = math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(firsts, seconds, strict=True))
         enough = 2 / orders <= 1 - CONFIDENCE  # else even runs that all win may be chance: two cells of three runs
+        matched = all(len(budgets([*task.of(first), *task.of(second)])) == 1 for task, *_ in both)
         signs = [sign_count(a, b) for _, a, b in both]
         wins, compared = sum(sign.wins for sign in signs), sum(sign.pairs for sign in signs)
         speed = compare([_first(task, first) for task, *_ in both], [_first(task, second) for task, *_ in both])
@@ -168,7 +209,7 @@ def pairs(study: Study) -> Table:
         cells = (
             Cell(first), Cell(second),
             Cell(f"{better.mean:.2f}", "" if math.isnan(better.low) else f"[{better.low:.2f}, {better.high:.2f}]",
-                 bold=enough and (better.above(0.5) or better.below(0.5))),
+                 bold=enough and matched and (better.above(0.5) or better.below(0.5))),
             Cell(f"{wins}/{compared}" if compared else DASH),
             speed_cell(speed), Cell(str(len(both))), Cell(str(few), "preview" if few < CLAIM_RUNS else ""),
         )  # fmt: skip
@@ -186,7 +227,7 @@ def pairs(study: Study) -> Table:
         Column("Runs", "fewest a cell"),
     )  # fmt: skip
     title = f"{study.experiment}, {study.model}: methods against each other"
-    notes = () if rows else ("No two methods finished a run of one task.",)
+    notes = budget_note(study) if rows else ("No two methods finished a run of one task.",)
     return Table(
         slug("pairs", study.experiment, study.model), title, columns, (Group("", tuple(rows)),), notes, tuple(tidy)
     )

@@ -5,17 +5,17 @@ bold type say only what an interval supports, as in the verdict on all compariso
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from alignbench.report.data import AXES, Comparison, Records, Study, TrainingRun
+from alignbench.report.data import Comparison, Records, Study, TrainingRun
 from alignbench.report.matched import changes
-from alignbench.report.statistics import Interval, t_interval, welch_difference
+from alignbench.report.statistics import Interval, t_interval
 from alignbench.report.tables import (
-    CLAIM_RUNS,
     DASH,
+    HELD_OUT,
     MINUS,
     Cell,
     Column,
@@ -23,19 +23,36 @@ from alignbench.report.tables import (
     Group,
     Row,
     Table,
+    amount_text,
     base_cell,
     best,
+    budget_note,
+    budgets,
     by_protocol,
-    cost_text,
+    counted,
+    difference_cell,
     entries,
-    interval_cell,
+    is_trained,
     number,
     protocol_title,
     runs_cell,
+    score_cell,
     slug,
     title_of,
+    unbold,
 )
-from alignbench.report.verdict import HELD_OUT, difference_cell, goal, guided, is_trained, listed, signed
+from alignbench.report.verdict import (
+    goal,
+    guided,
+    inseparable,
+    listed,
+    repeated,
+    rest,
+    sample,
+    signed,
+    single_runs,
+    undecided,
+)
 
 BREAKS_BY_FALLING = (*HELD_OUT, "diversity")
 BREAKS_BY_RISING = ("invalid_share",)
@@ -84,14 +101,12 @@ def leading(records: Records) -> tuple[Study, Comparison, str] | None:
 
 
 def budget_text(runs: Sequence[TrainingRun], share: float = 1.0) -> str:
-    """What the runs may spend, or a share of it, with its unit: "7.5 TFLOP"; empty where they differ."""
-    budgets = {run.budget() for run in runs}
-    if len(budgets) != 1:
+    """What finished runs could spend, or a share of it, with its unit: "7.5 TFLOP"; empty where they differ."""
+    found = {run.budget() for run in counted(runs)}
+    if len(found) != 1:
         return ""
-    ((key, amount),) = budgets
-    axis = next(axis for axis in AXES if axis.key == key)
-    text = cost_text(axis, share * amount)
-    return text if axis.key == "flops" else f"{text} {axis.unit}"
+    ((key, amount),) = found
+    return amount_text(key, share * amount) if amount else ""
 
 
 def answer(records: Records) -> Answer | None:
@@ -109,7 +124,7 @@ def answer(records: Records) -> Answer | None:
     budget = budget_text(comparison.runs)
     name = title_of(metric) if metric != "reward" else comparison.reward
     question = f"Which method for {name}{f' at {budget}' if budget else ''}, and what does it break?"
-    said = (*_choice(methods, metric), *guided(scored, [each.entry for each in methods], scale, metric))
+    said = (*_choice(comparison, methods, metric), *guided(scored, repeated([m.entry for m in methods]), scale, metric))
     table = _table(study, comparison, records.protocols, key, metric, scored, methods)
     return Answer(question, said, table, comparison, metric)
 
@@ -128,36 +143,28 @@ def _broken(method: Contender) -> str:
     return ", ".join(f"{title_of(metric).lower()} {signed(moved)}" for metric, moved in method.broken)
 
 
-def _choice(methods: Sequence[Contender], metric: str) -> list[str]:
+def _choice(comparison: Comparison, methods: Sequence[Contender], metric: str) -> list[str]:
     """Which method, how sure that is, and what it breaks."""
     if not methods:
         return ["No finished run: no answer yet."]
-    single = [each.label for each in methods if len(each.entry.rows) < 2]
-    if len(single) == len(methods):
-        return [f"Not decided: {methods[0].label} has the highest mean, but single runs have no interval."]
-    methods = [each for each in methods if each.label not in single]
-    left_out = [f"Not in the choice, for single runs have no interval: {listed(single)}."] if single else []
-    fewest = min(len(each.entry.rows) for each in methods)
-    runs = f"n = {fewest} runs a method" + (", a preview" if fewest < CLAIM_RUNS else "")
+    found = [each.entry for each in methods]
+    if reason := undecided(comparison, found, metric):
+        return [f"Not decided: {reason}."]
+    left_out, several = single_runs(found), repeated(found)
+    runs = sample(several, " runs a method")
     raising = [each for each in methods if each.change.above(0)]
     if not raising:
         return [f"None: no method is shown to raise it above the base ({runs}).", *left_out]
     first = raising[0]
-    values = first.entry.values(metric)
-    same = [
-        each.label
-        for each in methods
-        if each is not first and not welch_difference(values, each.entry.values(metric)).above(0)
-    ]
-    end = f"ends at {number(float(np.mean(values)))}, {signed(first.change)} from the base"
+    same = inseparable(first.entry, several, metric)
+    end = f"ends at {number(float(np.mean(first.entry.values(metric))))}, {signed(first.change)} from the base"
     if same:
         lead = f"{first.label}, with the highest mean of those shown to raise it: it {end}"
         said = [f"{lead}; it cannot be told apart from {listed(same)} ({runs})."]
-    elif len(methods) > 1:
-        rest = "the other method" if len(methods) == 2 else "every other method"
-        said = [f"{first.label}: it {end}, above {rest} beyond the 95% interval ({runs})."]
+    elif len(several) > 1:
+        said = [f"{first.label}: it {end}, above {rest(several)} beyond the 95% interval ({runs})."]
     else:
-        said = [f"{first.label} is the only one with finished runs: it {end} ({runs})."]
+        said = [f"{first.label} is the only one with several finished runs: it {end} ({runs})."]
     harm = _broken(first)
     said.append(f"What {first.label} breaks: {harm}." if harm else f"{first.label} is not shown to break anything.")
     return said + left_out
@@ -172,37 +179,37 @@ def _table(
     scored: Sequence[Entry],
     methods: Sequence[Contender],
 ) -> Table:
-    """Base rows, then methods by their mean: final score, change, earlier changes, what broke."""
-    rows = [
-        Row(
-            (Cell("base", f"guidance {e.guidance:g}"), base_cell(e, metric), *[Cell("")] * (len(SHARES) + 3)), base=True
-        )
-        for e in scored
-        if not e.label
-    ]
+    """Base rows, then methods by their mean: final score, change, earlier changes, what broke, drift."""
+    rows, blank = [], [Cell("")] * (len(SHARES) + 2)
+    for entry in (each for each in scored if not each.label):
+        name = Cell("base", f"guidance {entry.guidance:g}")
+        cells = [name, base_cell(entry, metric), *blank, base_cell(entry, "drift"), Cell("")]
+        rows.append(Row(tuple(cells), base=True))
     tidy: list[dict[str, Any]] = []
     for each in methods:
-        values, runs = each.entry.values(metric), each.entry.runs
-        score = t_interval(values)
-        cells = [Cell(each.label), interval_cell(score, bold=best(each.entry, scored, metric))]
+        entry, score = each.entry, t_interval(each.entry.values(metric))
+        cells = [Cell(each.label), score_cell(entry, metric, bold=best(entry, scored, metric))]
         cells.append(difference_cell(each.change))
         record: dict[str, Any] = {"trained_on": comparison.reward, "method": each.label, "protocol_hash": key}
         record |= {"metric": metric, "n": score.n, "mean": score.mean, "low": score.low, "high": score.high}
         record |= {"difference": each.change.mean, "broken": _broken(each)}
         for share in SHARES:
-            moved = changes(runs, share, metric)
+            moved = changes(entry.runs, share, metric)
             cells.append(difference_cell(moved))
             record[f"difference_at_{share:g}"] = moved.mean
         broken = Cell(_broken(each), flag=True) if each.broken else Cell("nothing shown" if score.n > 1 else DASH)
-        rows.append(Row((*cells, broken, runs_cell(len(values))), each.label))
-        tidy.append(record)
+        rows.append(Row((*cells, broken, score_cell(entry, "drift"), runs_cell(score.n)), each.label))
+        tidy.append(record | {"drift": t_interval(entry.values("drift")).mean})
+    if len(budgets(comparison.runs)) > 1:
+        rows = [unbold(row) for row in rows]
     earlier = [Column(f"{MINUS} base at {share:.0%}", budget_text(comparison.runs, share)) for share in SHARES]
     columns = (
         Column("Method", numeric=False), Column(title_of(metric), "final"), Column(f"{MINUS} base", "final"), *earlier,
-        Column("What it breaks", f"final {MINUS} base", numeric=False), Column("Runs"),
+        Column("What it breaks", f"final {MINUS} base", numeric=False), Column("Drift", "final"), Column("Runs"),
     )  # fmt: skip
     during = " and ".join(sorted({protocol_title(protocols, run.curve_hash) for run in comparison.runs}))
-    notes = (f"Final: protocol {protocol_title(protocols, key)}. Shares of the budget: protocol {during}.",)
+    under = f"Final: protocol {protocol_title(protocols, key)}. Shares of the budget: protocol {during}."
+    notes = (under, *budget_note(replace(study, comparisons=(comparison,))))
     title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
     groups = (Group("", tuple(rows)),)
     return Table(slug("answer", study.experiment, study.model), title, columns, groups, notes, tuple(tidy))

@@ -107,11 +107,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model's score at one guidance, under the curves' protocol or only under the final one."""
+    """The base model's score at one guidance; `final`: hash of the final protocol where only that one scores it."""
 
     guidance: float
     score: float
-    final: bool = False
+    final: str = ""
 
     @property
     def label(self) -> str:
@@ -174,10 +174,10 @@ def base_lines(comparison: Comparison, metric: str) -> tuple[Base, ...]:
         return {guidance: float(np.mean(scores)) for guidance, scores in sorted(values.items())}
 
     during = means(lambda run: run.curve_hash)
-    shared = len({run.final_hash for run in comparison.runs}) == 1
-    final = means(lambda run: run.final_hash) if shared else {}
+    hashes = {run.final_hash for run in comparison.runs}
+    final = means(lambda run: run.final_hash) if len(hashes) == 1 else {}
     lines = [Base(guidance, score) for guidance, score in during.items()]
-    lines += [Base(guidance, score, final=True) for guidance, score in final.items() if guidance not in during]
+    lines += [Base(guidance, score, *hashes) for guidance, score in final.items() if guidance not in during]
     return tuple(lines)
 
 
@@ -328,16 +328,21 @@ def describe(plot: Plot) -> str:
     return " ".join(parts)
 
 
-def rows(plot: Plot, where: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The plotted means and bands as tidy rows for the CSV file."""
+def rows(plot: Plot, where: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The plotted means, bands and lines of the base as tidy rows for the CSV file; the base's hold at every cost.
+
+    `where` says which runs were drawn, `protocol_hash` the protocol of their curves.
+    """
+    drawn = {**where, "metric": plot.metric, "axis": plot.axis.key}
     for curve in plot.curves:
         mean = curve.band
         if mean is not None:
             for x, value, low, high in zip(mean.x, mean.mean, mean.low, mean.high, strict=True):
-                yield where | {
-                    "metric": plot.metric, "axis": plot.axis.key, "method": curve.label, "n": mean.n,
-                    "cost": x, "mean": value, "low": low, "high": high,
+                yield drawn | {
+                    "method": curve.label, "n": mean.n, "cost": x, "mean": value, "low": low, "high": high,
                 }  # fmt: skip
+    for line in plot.base:
+        yield drawn | {"protocol_hash": line.final or where["protocol_hash"], "method": line.label, "mean": line.score}
 
 
 def axes_with_costs(comparisons: Sequence[Comparison]) -> list[Axis]:

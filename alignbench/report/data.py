@@ -41,7 +41,8 @@ AXES = (
     Axis("optimizer_steps", "Optimizer steps", "steps"),
     Axis("seconds", "Seconds", "s"),
 )
-BUDGET_AXES = {axis.key: axis.key for axis in AXES} | {"gpu_seconds": "seconds"}
+COST_KEYS = tuple(axis.key for axis in AXES)
+BUDGET_AXES = {key: key for key in COST_KEYS} | {"gpu_seconds": "seconds", "iterations": "iterations"}
 
 
 def _numbers(value: object) -> dict[str, float]:
@@ -235,11 +236,20 @@ class TrainingRun:
         return other if other in self.recorded and metric not in self.recorded else metric
 
     def budget(self) -> tuple[str, float]:
-        """(axis key, amount) of the budget; the compute spent where no axis of the report limits the run."""
-        for key, amount in _numbers(self.run.get("budget")).items():
-            if key in BUDGET_AXES:
-                return BUDGET_AXES[key], amount
-        return "flops", max((row.costs.get("flops", 0.0) for row in self.evaluations), default=0.0)
+        """(axis key, amount) of the limit of which most was used, which ended the run: in units of the axis, so GPU
+        seconds, which all processes spend together, are divided by the processes. The compute spent where no axis of
+        the report limits the run.
+        """
+        spent = {key: max((row.costs.get(key, 0.0) for row in self.evaluations), default=0.0) for key in COST_KEYS}
+        spent["iterations"] = max((row.iteration for row in self.evaluations), default=0)
+        processes = max(1.0, _numbers(self.run).get("processes", 1.0))
+        limits = [
+            (BUDGET_AXES[key], amount / (processes if key == "gpu_seconds" else 1))
+            for key, amount in _numbers(self.run.get("budget")).items()
+            if key in BUDGET_AXES and amount > 0
+        ]
+        axis, amount = max(limits, key=lambda limit: spent[limit[0]] / limit[1], default=("iterations", 0.0))
+        return ("flops", spent["flops"]) if axis == "iterations" else (axis, amount)
 
     @property
     def hardware(self) -> str:

@@ -79,7 +79,7 @@ def chosen(run: TrainingRun) -> list[Evaluation]:
 
 def _caption(row: Evaluation) -> str:
     when = "base" if row.weights == BASE else f"{row.fraction:.0%} of the budget"
-    names = (("geneval", "GenEval"), ("geneval_hf", "GenEval"), ("exact_scene", "exact scene"))
+    names = (("geneval", "GenEval"), ("geneval_hf", "GenEval (hub detector)"), ("exact_scene", "exact scene"))
     scores = [f"{name} {row.metrics[key]:.3f}" for key, name in names if key in row.metrics]
     return ", ".join([when, f"guidance {row.guidance:g}", *scores])
 

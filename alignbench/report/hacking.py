@@ -18,10 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from alignbench.report.curves import LINE, MUTED, STYLE, Style, head, joined, legend_room, short
 from alignbench.report.data import BASE, TRAINED, Comparison, TrainingRun
 from alignbench.report.statistics import Array
-from alignbench.report.tables import title_of
-from alignbench.report.verdict import is_trained
+from alignbench.report.tables import HELD_OUT, is_trained, title_of
 
-HELD_OUT = ("exact_scene", "geneval", "geneval_hf", "pickscore", "judge")
 SIDE_EFFECTS = ("diversity", "drift")
 
 

@@ -16,7 +16,9 @@ from alignbench.report.tables import (
     Group,
     Row,
     Table,
+    budget_note,
     by_protocol,
+    difference_cell,
     headline_metrics,
     interval_cell,
     mixed_note,
@@ -76,7 +78,7 @@ def matched(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
         title = (
             f"{study.experiment}, {study.model}: at matched budgets, under protocol {protocol_title(protocols, key)}"
         )
-        notes = mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts]) + budget_note(part)
         name = slug("matched", study.experiment, study.model, key)
         tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
@@ -102,8 +104,7 @@ def _row(runs: Sequence[TrainingRun], label: str, share: float, metrics: Sequenc
             cells += [Cell(DASH), Cell(DASH)]
             continue
         score = t_interval([row.metrics[metric] for base, row in pairs if _has(metric, base, row)])
-        moved = change.above(0) or change.below(0)
-        cells += [interval_cell(score), interval_cell(change, signed=True, bold=moved)]
+        cells += [interval_cell(score), difference_cell(change)]
         record |= _named(metric, score) | _named(f"{metric}_difference", change)
     return Row((*cells, runs_cell(len(pairs))), label), record
 

@@ -81,8 +81,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One figure: the static SVG element, its text alternative, and the chart that the script draws in its place."""
+    """One figure: its file, the static SVG element, its text alternative, and the chart that is drawn in its place."""
 
+    file: str
     svg: Markup
     alternative: str
     chart: interactive.Chart
@@ -175,6 +176,7 @@ def _curves(
             )
             if not comparable:
                 notes.append("No figure in seconds: these runs did not share one hardware, thread and process count.")
+            notes += tables.budget_note(part)
             title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
             protocol = tables.protocol_title(records.protocols, key)
             yield Curves(title, protocol, tuple(panels), tuple(notes)), plotted
@@ -188,34 +190,44 @@ def _hacking(
         plots, points = [], []
         for plot in hacking.figures(comparison):
             name = tables.slug("hacking", study.experiment, study.model, comparison.reward, plot.metric)
-            drawn = _draw(hacking.draw(plot, style), name, output)
-            plots.append(Drawn(drawn, hacking.describe(plot), interactive.paths(plot, style)))
+            file, drawn = _draw(hacking.draw(plot, style), name, output)
+            plots.append(Drawn(file, drawn, hacking.describe(plot), interactive.paths(plot, style)))
             points += list(hacking.rows(plot, where))
         if plots:
             yield Hacking(f"{study.experiment}, {study.model}: trained on {comparison.reward}", plots), points
 
 
 def _curve(plot: curves.Plot, style: Mapping[str, curves.Style], output: Output) -> Drawn:
-    drawn = _draw(curves.draw(plot, style), plot.name, output)
-    return Drawn(drawn, curves.describe(plot), interactive.curve(plot, style))
+    file, drawn = _draw(curves.draw(plot, style), plot.name, output)
+    return Drawn(file, drawn, curves.describe(plot), interactive.curve(plot, style))
 
 
-def _headline(found: Answer, axes: Sequence[Axis], style: Mapping[str, curves.Style], output: Output) -> Drawn | None:
+def _headline(found: Answer, axes: Sequence[Axis]) -> curves.Plot | None:
     """The figure of the opening: the metric of the task against the cost that the budget limits."""
     budget = found.comparison.runs[0].budget()[0]
     for axis in sorted(axes, key=lambda axis: axis.key != budget):
         plot = curves.plot("headline", tables.title_of(found.metric), found.metric, axis, found.comparison)
         if plot is not None:
-            return _curve(plot, style, output)
+            return plot
     return None
 
 
-def _draw(figure: Figure, name: str, output: Output) -> Markup:
-    """Write one figure as SVG and PNG; returns the SVG for the page."""
-    drawn = curves.svg(figure, name)
-    output.add(f"figures/{name}.svg", drawn)
+def _more(plot: curves.Plot, found: Answer, plotted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of the opening's figure, where no other figure has them."""
+    run = found.comparison.runs[0]
+    where = {"experiment": run.experiment, "model": run.model, "trained_on": run.reward}
+    same = where | {"metric": plot.metric, "axis": plot.axis.key}
+    if any(row.items() >= same.items() for row in plotted):
+        return []
+    return list(curves.rows(plot, where | {"protocol_hash": run.curve_hash}))
+
+
+def _draw(figure: Figure, name: str, output: Output) -> tuple[str, Markup]:
+    """Write one figure as SVG and PNG; returns the SVG's file, and the SVG for the page."""
+    file, drawn = f"figures/{name}.svg", curves.svg(figure, name)
+    output.add(file, drawn)
     output.add(f"figures/{name}.png", curves.png(figure, PNG_DPI))
-    return Markup(curves.inline(drawn))
+    return file, Markup(curves.inline(drawn))
 
 
 def _evaluations(records: Records) -> Iterator[dict[str, Any]]:
@@ -266,6 +278,9 @@ def render(records: Records, output: Output, published: Sequence[claims.Claim] =
             paths.append(part)
             points += rows
     opening = answer(records)
+    headline = _headline(opening, axes) if opening else None
+    if opening and headline:
+        plotted += _more(headline, opening, plotted)
     verdicts = [each for study in studies for each in verdict.verdicts(study, protocols)]
     sections = {
         "answer": [opening.table] if opening else [],
@@ -280,6 +295,8 @@ def render(records: Records, output: Output, published: Sequence[claims.Claim] =
         "geneval": [table for study in studies for table in tables.geneval(study, protocols)],
         "cost": [tables.cost(study) for study in studies],
         "runs": [provenance.runs(records)],
+        "missing": [provenance.missing(study) for study in studies],
+        "commands": [provenance.commands(study) for study in studies],
         "protocols": [provenance.protocols(records)],
         "differences": [provenance.differences(study) for study in studies],
         "settings": [provenance.own_settings(study) for study in studies],
@@ -305,11 +322,12 @@ def render(records: Records, output: Output, published: Sequence[claims.Claim] =
     scripts = [environment.get_template(name).render() for name in ("figures.js.jinja", "script.js.jinja")]
     return environment.get_template("page.html.jinja").render(
         answer=opening,
-        headline=_headline(opening, axes, style, output) if opening else None,
+        headline=_curve(headline, style, output) if headline else None,
         library=Markup(library),
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(map(_hash, (library, *scripts))),
         summary=_summary(records),
+        missing=sum(len(table.records) for table in sections["missing"]),
         unfinished=sum(not run.finished for run in records.runs) + len(records.unreadable),
         tables=sections,
         axes=axes,

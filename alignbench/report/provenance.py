@@ -1,7 +1,10 @@
-"""Where the numbers come from: runs, protocols, settings and environments, and what differs that should not."""
+"""Where the numbers come from: runs and commands, protocols, settings, environments; what is missing or differs."""
 
+import json
 import math
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterable, Sequence
 
 from alignbench.report.data import Records, Study, TrainingRun, flatten, show
 from alignbench.report.tables import DASH, Cell, Column, Group, Row, Table, count, slug
@@ -32,6 +35,96 @@ def runs(records: Records) -> Table:
         Column("Evaluations"), Column("Message", numeric=False),
     )  # fmt: skip
     return Table("runs", "Every run that was found", columns, (Group("", tuple(rows)),), (), tuple(tidy))
+
+
+def _trained(study: Study) -> list[TrainingRun]:
+    """The study's runs but evaluations of given weights, which no training stands behind."""
+    return [run for run in study.runs if run.run.get("kind") != "evaluated"]
+
+
+def _listed(values: Iterable[object], by: str = ", ") -> str:
+    return by.join(map(str, values))
+
+
+def missing(study: Study) -> Table:
+    """Cells (method, seed) of a trained reward that some method has a run of and another lacks; variants apart."""
+    found: dict[str, dict[str, set[int]]] = {}
+    for run in _trained(study):
+        if not run.variant:
+            found.setdefault(run.reward, {}).setdefault(run.label, set()).add(run.seed)
+    rows, notes, tidy = [], [], []
+    for reward, seeds in found.items():
+        wanted = set[int]().union(*seeds.values())
+        for label, having in seeds.items():
+            lacking = sorted(wanted - having)
+            if lacking:
+                cells = (Cell(label), Cell(reward), Cell(_listed(lacking), flag=True), Cell(_listed(sorted(having))))
+                rows.append(Row(cells, label))
+            where = {"experiment": study.experiment, "model": study.model, "trained_on": reward, "method": label}
+            tidy += [where | {"seed": seed} for seed in lacking]
+        if any(having != wanted for having in seeds.values()):
+            each = "; ".join(f"{label} {_listed(sorted(having))}" for label, having in seeds.items())
+            notes.append(f"Trained on {reward}, the methods were not run with the same seeds: {each}.")
+    columns = (
+        Column("Method", numeric=False), Column("Trained on", numeric=False), Column("Missing seeds", numeric=False),
+        Column("Seeds it has", numeric=False),
+    )  # fmt: skip
+    number = f"{len(tidy) or 'no'} missing cell{'s' * (len(tidy) > 1)}"
+    return Table(
+        slug("missing", study.experiment, study.model), f"{study.experiment}, {study.model}: {number}", columns,
+        (Group("", tuple(rows)),), tuple(notes) or ("The methods of a comparison have the same seeds.",), tuple(tidy),
+    )  # fmt: skip
+
+
+GROUPS = ("overlay", "prompts", "evaluation", "budget")  # folders of conf/ from which a variant may take another file
+
+
+def _overrides(run: TrainingRun) -> tuple[str, ...] | None:
+    """What makes a variant, as command line; its name has the last part of each key. None if it says too little."""
+    found = []
+    for part in filter(None, re.split(r",(?=[^,=]+=)", run.variant)):
+        key, _, value = part.partition("=")
+        if key not in GROUPS:
+            settings = {name: _value(run.config[name]) for name in run.config if f".{name}".endswith(f".{key}")}
+            if len(settings) > 1:
+                settings = {name: text for name, text in settings.items() if re.sub(r"[^\w.=,+-]+", "_", text) == value}
+            if len(settings) != 1:
+                return None
+            ((name, text),) = settings.items()
+            part = f"{name}={text if '_' in value else value}"  # "_" can stand for anything
+        found.append(part)
+    return tuple(found)
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def commands(study: Study) -> Table:
+    """The commands that make the study's runs again, as few as their methods, rewards, seeds and variants allow."""
+    cells: dict[tuple[str, str, str], dict[int, TrainingRun]] = {}
+    for run in _trained(study):
+        cells.setdefault((run.variant, run.reward, run.method), {})[run.seed] = run
+    methods: dict[tuple[str, tuple[str, ...] | None, str, tuple[int, ...]], list[str]] = {}
+    for (variant, reward, method), of in sorted(cells.items()):
+        told = _overrides(next(iter(of.values())))
+        methods.setdefault((variant, told, reward, tuple(sorted(of))), []).append(method)
+    blocks: dict[tuple[str, tuple[str, ...] | None, tuple[str, ...], tuple[int, ...]], list[str]] = {}
+    for (variant, told, reward, seeds), names in methods.items():
+        blocks.setdefault((variant, told, tuple(names), seeds), []).append(reward)
+    rows, tidy = [], []
+    for (variant, told, together, seeds), rewards in blocks.items():
+        experiment = [] if study.experiment == "default" else [f"experiment={study.experiment}"]
+        words = ["python", "-m", "alignbench", "-m", *experiment]
+        words += [f"model={study.model}", f"method={_listed(together, ',')}", f"reward={_listed(rewards, ',')}"]
+        words += [f"seed={_listed(seeds, ',')}", *(told or ())]
+        runs, lost = len(together) * len(rewards) * len(seeds), variant if told is None else ""
+        remark = f"and what {lost} stands for, which the records do not say in full" if lost else ""
+        rows.append(Row((Cell(shlex.join(words), remark, flag=bool(lost)), Cell(str(runs)))))
+        tidy.append({"command": shlex.join(words), "runs": runs, "not_in_the_command": lost})
+    name, title = slug("commands", study.experiment, study.model), f"{study.experiment}, {study.model}: commands"
+    columns = (Column("Command", numeric=False), Column("Runs"))
+    return Table(name, title, columns, (Group("", tuple(rows)),), (), tuple(tidy), ordered=True)
 
 
 OWN = ("method", "reward", "seed", "variant", "targets", "normalisation")  # may differ between compared runs

@@ -15,7 +15,7 @@ from scipy import optimize, stats
 CONFIDENCE = 0.95
 STAYS = 2  # consecutive evaluations at or above a target that count as reaching it
 RESAMPLES = 10_000
-STUDENT_RUNS = 10  # up to so many runs of one task Student's interval, above the bootstrap
+STUDENT_RUNS = 10  # Student's interval where a cell has so many runs or fewer, the bootstrap where all have more
 IQM_TASKS, IQM_RUNS = 4, 5  # an interquartile mean needs at least so many
 TINY, EDGE = 1e-300, 1e-9
 
@@ -93,14 +93,18 @@ def weighted_sum(groups: Sequence[Array], weights: Sequence[float], confidence: 
     n = int(sizes.min())
     if n < 2:
         return Interval(point, math.nan, math.nan, n)
-    spread = [0.0 if group.max() == group.min() else group.var(ddof=1) for group in groups]
-    variances = np.square(weights) * spread / sizes
+    variances = np.square(weights) * [_variance(group) for group in groups] / sizes
     total = variances.sum()
     if total == 0:
         return Interval(point, point, point, n)
     freedom = total**2 / (variances**2 / (sizes - 1)).sum()
     half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(total))
     return Interval(point, point - half, point + half, n)
+
+
+def _variance(group: Array) -> float:
+    """With n - 1; exactly 0 for equal values, whose rounded mean would give 1e-33."""
+    return 0.0 if group.max() == group.min() else float(group.var(ddof=1))
 
 
 def interpolate(x: Array, y: Array, grid: Array) -> Array:
@@ -148,8 +152,15 @@ def clip_times(times: Sequence[TimeToTarget], horizon: float) -> list[TimeToTarg
 
 
 def restricted_mean(times: Sequence[TimeToTarget]) -> Interval:
-    """Student-t interval of E[min(T, B)]: a miss counts with the budget B at which it was censored."""
-    return t_interval([time.time for time in times])
+    """E[min(T, B)], a miss counting with the budget B at which it was censored, with Student's interval over runs.
+
+    With a miss it is a lower bound of the mean time, and the limits are NaN: runs that all end at B differ too little
+    (of five runs of which 30, 60 and 80% miss, intervals that state 95% would cover 93, 82 and 60%).
+    """
+    interval = t_interval([time.time for time in times])
+    if all(time.reached for time in times):
+        return interval
+    return Interval(interval.mean, math.nan, math.nan, interval.n)
 
 
 Statistic = Callable[[Sequence[Array]], Array]
@@ -163,16 +174,19 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over whole runs, stratified: every group is resampled within itself, to its own size.
+    """Bootstrap over whole runs, stratified: every group is resampled within itself, to its own size.
+
+    The percentiles are expanded (Hesterberg, 2015, The American Statistician 69): for the mean of n normal runs they
+    give Student's interval, where those at 2.5 and 97.5% would cover 91% at n = 11 and 83% at n = 5.
 
     Args:
         groups: one array of runs for each cell (a method on a task), each [runs] or [runs, ...].
         statistic: takes the groups with resamples in front, each [resamples, runs, ...]; returns [resamples].
 
     Returns:
-        The statistic of the runs as they are, its percentile limits, and the size of the smallest group. Limits are NaN
-        where a group has fewer than two runs. With few runs these intervals are too narrow (an interval that states
-        95% covers 83% for a mean of five runs): `t_interval` is for those.
+        The statistic of the runs as they are, its limits, and the size of the smallest group, by which they are
+        expanded. Limits are NaN where a group has fewer than two runs. With few runs there are few different resamples:
+        `t_interval` and `weighted_sum` are for those.
     """
     values = [np.asarray(group, dtype=np.float64) for group in groups]
     point, n = float(statistic([group[None] for group in values])[0]), min(len(group) for group in values)
@@ -180,7 +194,8 @@ def bootstrap(
         return Interval(point, math.nan, math.nan, n)
     generator = np.random.default_rng(seed)
     drawn = [group[generator.integers(len(group), size=(resamples, len(group)))] for group in values]
-    low, high = np.quantile(statistic(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
+    z = math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)
+    low, high = np.quantile(statistic(drawn), stats.norm.cdf([-z, z]))
     return Interval(point, float(low), float(high), n)
 
 
@@ -189,22 +204,37 @@ def mean_of_tasks(tasks: Sequence[Array]) -> Array:
     return np.asarray(np.mean([task.mean(axis=-1) for task in tasks], axis=0))
 
 
-def interquartile_mean(tasks: Sequence[Array]) -> Array:
-    """Mean of the middle half of runs x tasks (Agarwal et al., 2021, arXiv 2108.13264), each [..., runs]."""
-    return np.asarray(stats.trim_mean(np.concatenate(list(tasks), axis=-1), 0.25, axis=-1))
+def interquartile_mean(tasks: Sequence[Array], confidence: float = CONFIDENCE) -> Interval:
+    """Mean of the middle half of runs x tasks (Agarwal et al., 2021, arXiv 2108.13264), each [runs].
+
+    The interval is that of Tukey and McLaughlin (1963, Sankhya A 25) for a trimmed mean, by task: Student's t of runs
+    winsorised to the middle half, as many degrees of freedom as runs are kept less tasks. By simulation with 4 tasks
+    of 5 runs an interval that states 95% covers 95 to 96% of normal runs and 92% of skewed ones, where the percentile
+    bootstrap covers 87 to 92%. NaN limits where a task has fewer than two runs or no degree of freedom is left.
+    """
+    ordered = np.sort(np.concatenate(list(tasks)))
+    cut, n = len(ordered) // 4, min(map(len, tasks))
+    kept = ordered[cut : len(ordered) - cut]
+    mean, freedom = float(kept.mean()), len(kept) - len(tasks)
+    if n < 2 or freedom < 1:
+        return Interval(mean, math.nan, math.nan, n)
+    variance = sum(len(task) * _variance(task.clip(kept[0], kept[-1])) for task in tasks) / len(kept) ** 2
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def aggregate(tasks: Sequence[ArrayLike]) -> tuple[str, Interval]:
     """("interquartile mean" or "mean", interval) of one score over tasks (each [runs]).
 
-    The interquartile mean throws half of the runs away, so it is taken from 4 tasks of 5 runs up only, with the
-    bootstrap of whole runs within tasks. The mean has Student's interval (variances of the tasks pooled as they are)
-    up to ten runs a task, where the bootstrap is too narrow, and the bootstrap above.
+    The interquartile mean throws half of the runs away, so it is taken from 4 tasks of 5 runs up only. The mean has
+    Student's interval (variances of the tasks pooled as they are) unless every task has more than ten runs, and then
+    the bootstrap of whole runs within tasks: with 3 runs of one task and 11 of another the bootstrap of normal runs
+    covers 83%, Student's 93%.
     """
     runs = [np.asarray(task, dtype=np.float64) for task in tasks]
     if len(runs) >= IQM_TASKS and min(map(len, runs)) >= IQM_RUNS:
-        return "interquartile mean", bootstrap(runs, interquartile_mean)
-    if max(map(len, runs)) > STUDENT_RUNS:
+        return "interquartile mean", interquartile_mean(runs)
+    if min(map(len, runs)) > STUDENT_RUNS:
         return "mean", bootstrap(runs, mean_of_tasks)
     return "mean", weighted_sum(runs, [1 / len(runs)] * len(runs))
 
@@ -232,9 +262,10 @@ class SpeedUp:
 def speed_up(faster: Sequence[Sequence[TimeToTarget]], slower: Sequence[Sequence[TimeToTarget]]) -> SpeedUp:
     """Ratio of restricted mean times to target E[min(T, B)], slower over faster, over the same tasks (``[task][run]``).
 
-    The interval is Welch's on the logarithms of the means, var(log mean) = var / (n mean^2), up to ten runs a method
-    and task, else the bootstrap of whole runs within tasks. Neither knows what a censored run would have needed: that
-    is what `bound` says.
+    The interval is Welch's on the logarithms of the means, var(log mean) = var / (n mean^2), unless every method has
+    more than ten runs of every task, and then the bootstrap of whole runs within tasks. Neither knows what a censored
+    run would have needed: that is what `bound` says. Where it is "≥" the lower limit is one of the ratio of mean times
+    too (by simulation with 3 and 5 runs it lies below that ratio in 98% or more), the upper one is not.
     """
     hits = [sum(time.reached for task in side for time in task) for side in (faster, slower)]
     sizes = [sum(map(len, side)) for side in (faster, slower)]
@@ -251,7 +282,7 @@ def speed_up(faster: Sequence[Sequence[TimeToTarget]], slower: Sequence[Sequence
         means = np.log([np.maximum(part.mean(axis=-1), TINY) for part in parts])
         return np.asarray((means[tasks:] - means[:tasks]).mean(axis=0))
 
-    if max(map(len, groups)) > STUDENT_RUNS:
+    if n > STUDENT_RUNS:
         log = bootstrap(groups, logarithm)
     else:
         point = float(logarithm([group[None] for group in groups])[0])

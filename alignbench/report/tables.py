@@ -7,13 +7,13 @@ run, under the same protocol and guidance, before they are averaged.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from alignbench.report.data import BASE, Axis, Comparison, Evaluation, Study, TrainingRun, show
+from alignbench.report.data import AXES, BASE, Axis, Comparison, Evaluation, Study, TrainingRun
 from alignbench.report.statistics import (
     Interval,
     mean_over_budget,
@@ -29,14 +29,14 @@ SEEN_TAGS = ("single_object", "counting")  # no unseen combinations exist: test 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GENEVAL = ("geneval", "geneval_hf")  # by the embedded world's detector, by Mask2Former on photographs
 HEADLINE = ("reward", *GENEVAL, "exact_scene")
+PREFERENCES = ("pickscore", "judge")
+HELD_OUT = ("exact_scene", *GENEVAL, *PREFERENCES)  # where it is not the trained reward
 BESIDE = (
     "geneval_strict",
     "geneval_hf_strict",
     "exact_scene",
     "objects_per_image",
     "invalid_share",
-    "pickscore",
-    "judge",
     "diversity",
     "drift",
 )
@@ -71,9 +71,30 @@ def headline_metrics(study: Study) -> list[str]:
 
     GenEval on photographs is a metric of its own and has no exact scenes; a study that measured neither shows neither.
     """
-    recorded = frozenset[str]().union(*(run.recorded for run in study.runs))
+    recorded = _recorded(study)
     both = not recorded.isdisjoint(ALWAYS)
     return [m for m in HEADLINE if m == "reward" or m in recorded or (both and m in ALWAYS)]
+
+
+def _recorded(study: Study) -> frozenset[str]:
+    return frozenset[str]().union(*(run.recorded for run in study.runs))
+
+
+def is_trained(comparison: Comparison, metric: str) -> bool:
+    """Whether a metric is the trained reward itself: the same number in every evaluation."""
+    rows = [row.metrics for run in comparison.runs for row in run.evaluations if "reward" in row.metrics]
+    return bool(rows) and all(row.get(metric) == row["reward"] for row in rows)
+
+
+def evaluated_on(study: Study) -> list[str]:
+    """What every method is scored on, whatever it was trained on.
+
+    A trained reward that is none of these in some comparison comes before them.
+    """
+    recorded = _recorded(study)
+    reward, *metrics = (*headline_metrics(study), *(metric for metric in PREFERENCES if metric in recorded))
+    own = not all(any(is_trained(comparison, metric) for metric in metrics) for comparison in study.comparisons)
+    return [reward, *metrics] if own else metrics
 
 
 @dataclass(frozen=True)
@@ -223,11 +244,23 @@ def interval_cell(interval: Interval, signed: bool = False, bold: bool = False) 
     return Cell(number(interval.mean, signed), detail, bold)
 
 
+def difference_cell(interval: Interval) -> Cell:
+    """A change with its sign, bold where its interval excludes zero; a dash without runs."""
+    if not interval.n:
+        return Cell(DASH)
+    return interval_cell(interval, signed=True, bold=interval.above(0) or interval.below(0))
+
+
 def runs_cell(n: int) -> Cell:
     """How many runs stand behind a row, and what that allows."""
     if n < 2:
-        return Cell(str(n), "no interval")
+        return Cell(str(n), "preview, one seed" if n else "")
     return Cell(str(n), "preview" if n < CLAIM_RUNS else "")
+
+
+def unbold(row: Row) -> Row:
+    """The row without bold type, where its table can support no comparison."""
+    return replace(row, cells=tuple(replace(cell, bold=False) for cell in row.cells))
 
 
 def passes(protocol: Mapping[str, Any], guidance: float) -> str:
@@ -317,15 +350,26 @@ def base_cell(entry: Entry, metric: str) -> Cell:
     return Cell(number(float(np.mean(values))), f"se {number(float(np.mean(errors)))}" if errors else "")
 
 
+def score_cell(entry: Entry, metric: str, bold: bool = False) -> Cell:
+    """A score with its uncertainty: over runs for a method, over prompts for the base; a dash where there is none."""
+    values = entry.values(metric)
+    return interval_cell(t_interval(values), bold=bold) if entry.label and values else base_cell(entry, metric)
+
+
 def best(entry: Entry, others: Sequence[Entry], metric: str) -> bool:
     """Whether an entry is better than every other method at its guidance and than the base at every guidance.
 
-    Both by intervals: Welch's for two methods, Student's for a method against the base. Higher is better.
+    Both by intervals: Welch's for two methods, Student's for a method against the base. Higher is better. Single runs
+    have no interval: they are no rivals. Nothing is best where budgets differ.
     """
     values = entry.values(metric)
-    rivals = [e.values(metric) for e in others if e.label not in ("", entry.label) and e.guidance == entry.guidance]
+    rivals = [
+        e.values(metric)
+        for e in others
+        if e.label not in ("", entry.label) and e.guidance == entry.guidance and len(e.rows) > 1
+    ]
     bases = [float(np.mean(e.values(metric))) for e in others if not e.label and e.values(metric)]
-    if not values or not rivals or not bases or not all(rivals):
+    if not values or not rivals or not bases or not all(rivals) or len(budgets(entry.comparison.runs)) > 1:
         return False
     beats_methods = all(welch_difference(values, rival).above(0) for rival in rivals)
     return beats_methods and all(t_interval(values).above(base) for base in bases)
@@ -373,28 +417,26 @@ IDENTITY = (Column("Method", numeric=False), Column("Guidance"), Column("NFE", "
 
 
 def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Method x trained reward: final scores and their differences to the base, GenEval beside exact scene."""
+    """Trained on x evaluated on: final scores and their differences to the base.
+
+    Base rows come first, then methods at the guidance of the curves, then at the others.
+    """
     tables = []
     parts = by_protocol(study, lambda run: run.final_hash)
     for key, part in parts:
         protocol, groups, tidy, disagreement = protocols.get(key, {}), [], [], set[str]()
-        metrics = headline_metrics(part)
+        metrics = evaluated_on(part)
         where = {"experiment": study.experiment, "model": study.model}
         for comparison in part.comparisons:
-            found = entries(comparison, key)
+            scale = min(run.curve_guidance for run in comparison.runs)
+            found = sorted(entries(comparison, key), key=lambda entry: bool(entry.label) and entry.guidance != scale)
             disagreement |= set(_base_disagreement(found))
             rows = []
             for entry in found:
                 cells = [*_identity(entry, protocol)]
                 for metric in metrics:
-                    if not entry.label:
-                        cells += [base_cell(entry, metric), Cell("")]
-                        continue
-                    difference = entry.difference(key, metric)
-                    values = entry.values(metric)
-                    score = interval_cell(t_interval(values), bold=best(entry, found, metric)) if values else Cell(DASH)
-                    moved = difference.above(0) or difference.below(0)
-                    cells += [score, interval_cell(difference, signed=True, bold=moved) if difference.n else Cell(DASH)]
+                    cells.append(score_cell(entry, metric, bold=bool(entry.label) and best(entry, found, metric)))
+                    cells.append(difference_cell(entry.difference(key, metric)) if entry.label else Cell(""))
                 cells.append(runs_cell(len(entry.rows)) if entry.label else Cell(""))
                 rows.append(Row(tuple(cells), entry.label, not entry.label))
                 tidy += [_tidy(entry, where, key, metric, protocol) for metric in metrics if entry.values(metric)]
@@ -408,8 +450,9 @@ def headline(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[T
         for metric in metrics:
             columns += [Column(title_of(metric)), Column(f"{MINUS} base", "same guidance")]
         notes = mixed_note(protocols, [other for other, _ in parts])
-        notes += (*sorted(disagreement), *_budget_note(part))
-        title = f"{study.experiment}, {study.model}: final scores under protocol {protocol_title(protocols, key)}"
+        notes += (*sorted(disagreement), *budget_note(part))
+        matrix = f"trained on {TIMES} evaluated on"
+        title = f"{study.experiment}, {study.model}: {matrix}, under protocol {protocol_title(protocols, key)}"
         name = slug("headline", study.experiment, study.model, key)
         tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
@@ -420,11 +463,40 @@ def _only_base(run: TrainingRun) -> bool:
     return run.run.get("kind") == "evaluated" and run.finished and all(row.weights == BASE for row in run.evaluations)
 
 
-def _budget_note(study: Study) -> tuple[str, ...]:
-    budgets = sorted({show(run.run.get("budget")) for run in study.runs})
-    if len(budgets) < 2:
-        return ()
-    return (f"These runs had different budgets ({'; '.join(budgets)}): their final scores are not matched.",)
+def counted(runs: Iterable[TrainingRun]) -> list[TrainingRun]:
+    """The runs behind the means of methods: finished, and of more than the base model."""
+    return [run for run in runs if run.finished and not _only_base(run)]
+
+
+def budgets(runs: Iterable[TrainingRun]) -> dict[str, list[str]]:
+    """The budgets of finished runs as text, each with the methods that had it."""
+    found: dict[str, set[str]] = {}
+    for run in counted(runs):
+        stated = run.run.get("budget")
+        limits = stated.items() if isinstance(stated, Mapping) else ()
+        known = [amount_text(str(key), amount) for key, amount in limits if isinstance(amount, int | float)]
+        text = " and ".join(known) or "not known"
+        found.setdefault(text, set()).add(run.label)
+    return {text: sorted(found[text]) for text in sorted(found)}
+
+
+def budgets_text(runs: Iterable[TrainingRun]) -> str:
+    """ "10 TFLOP: flow_grpo; 20 TFLOP: diffusion_nft"."""
+    return "; ".join(f"{text}: {', '.join(labels)}" for text, labels in budgets(runs).items())
+
+
+def budget_note(study: Study) -> tuple[str, ...]:
+    """A warning where runs of one trained reward had different budgets, or else one trained reward and another."""
+    notes = [
+        f"Runs trained on {comparison.reward} had different budgets ({budgets_text(comparison.runs)}): "
+        "their numbers are not matched."
+        for comparison in study.comparisons
+        if len(budgets(comparison.runs)) > 1
+    ]
+    if not notes and len(budgets(study.runs)) > 1:
+        each = "; ".join(f"{c.reward}: {', '.join(budgets(c.runs))}" for c in study.comparisons if budgets(c.runs))
+        notes = [f"Trained rewards had different budgets ({each}): across them, numbers are not matched."]
+    return tuple(notes)
 
 
 def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -440,13 +512,7 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
         for comparison in part.comparisons:
             found, rows = entries(comparison, key), []
             for entry in found:
-                cells = [*_identity(entry, protocol)]
-                for metric in metrics:
-                    values = entry.values(metric)
-                    if not entry.label or not values:
-                        cells.append(base_cell(entry, metric))
-                    else:
-                        cells.append(interval_cell(t_interval(values)))
+                cells = [*_identity(entry, protocol), *(score_cell(entry, metric) for metric in metrics)]
                 tidy += [_tidy(entry, where, key, metric, protocol) for metric in metrics if entry.values(metric)]
                 rows.append(
                     Row((*cells, runs_cell(len(entry.rows)) if entry.label else Cell("")), entry.label, not entry.label)
@@ -454,7 +520,7 @@ def geneval(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
         seen = {f"geneval/{tag}" for tag in SEEN_TAGS}  # of the embedded world's test split
         columns = [Column(title_of(metric), "seen" if metric in seen else "") for metric in metrics]
-        notes = mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts]) + budget_note(part)
         title = f"{study.experiment}, {study.model}: GenEval by tag under protocol {protocol_title(protocols, key)}"
         name = slug("geneval", study.experiment, study.model, key)
         tables.append(Table(name, title, (*IDENTITY, *columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
@@ -467,6 +533,15 @@ def cost_text(axis: Axis, value: float) -> str:
         text = flops(value)
         return f"{text}{axis.unit}" if text[-1].isalpha() else f"{text} {axis.unit}"
     return count(value)
+
+
+def amount_text(key: str, amount: float) -> str:
+    """A limit on a cost with its unit: "7.5 TFLOP", "240,000 denoiser passes", "100 iterations"."""
+    axis = next((axis for axis in AXES if axis.key == key), None)
+    if axis is None:
+        return f"{count(amount)} {key.replace('_', ' ')}"
+    text = cost_text(axis, amount)
+    return text if key == "flops" else f"{text} {axis.unit}"
 
 
 def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -500,7 +575,7 @@ def efficiency(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list
             goal = f"{title_of(metric)} ≥ {target:g}"
             columns += [Column(goal, "reached"), Column(goal, "mean cost, misses at budget")]
         title = f"{study.experiment}, {study.model}: over training, under protocol {protocol_title(protocols, key)}"
-        notes = mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts]) + budget_note(part)
         name = slug("efficiency", study.experiment, study.model, key)
         tables.append(Table(name, title, (*columns, Column("Runs")), tuple(groups), notes, tuple(tidy)))
     return tables
@@ -590,8 +665,9 @@ def cost(study: Study) -> Table:
     columns += [Column("FLOP", phase) for phase in COST_PHASES]
     columns += [Column("Seconds", "method's clock" if clock == "total" else clock) for clock in CLOCKS if comparable]
     columns += [Column("Peak memory", "MB"), Column("Runs")]
-    notes = ("Seconds of reward calls are part of the phase that made them.",)
+    note = "Seconds of reward calls are part of the phase that made them."
     if not comparable:
-        notes = ("Seconds are left out: these runs did not share one hardware, thread and process count.",)
+        note = "Seconds are left out: these runs did not share one hardware, thread and process count."
+    notes = (note, *budget_note(study))
     title = f"{study.experiment}, {study.model}: mean cost of a run"
     return Table(slug("cost", study.experiment, study.model), title, tuple(columns), tuple(groups), notes, tuple(tidy))

@@ -16,6 +16,7 @@ from alignbench.report.statistics import Interval, SpeedUp, restricted_mean, t_i
 from alignbench.report.tables import (
     CLAIM_RUNS,
     DASH,
+    HELD_OUT,
     MINUS,
     TIMES,
     Cell,
@@ -26,20 +27,24 @@ from alignbench.report.tables import (
     Table,
     base_cell,
     best,
+    budget_note,
+    budgets,
+    budgets_text,
     by_protocol,
+    difference_cell,
     entries,
-    interval_cell,
+    is_trained,
     mixed_note,
     number,
     protocol_title,
     runs_cell,
+    score_cell,
     slug,
     time_cell,
     title_of,
+    unbold,
 )
 from alignbench.report.targets import Reaching, compare, reaching, stated
-
-HELD_OUT = ("exact_scene", "geneval", "geneval_hf", "pickscore", "judge")
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,6 @@ class Verdict:
 
     sentences: tuple[str, ...]
     table: Table
-
-
-def is_trained(comparison: Comparison, metric: str) -> bool:
-    """Whether a metric is the trained reward itself: the same number in every evaluation."""
-    rows = [row.metrics for run in comparison.runs for row in run.evaluations if "reward" in row.metrics]
-    return bool(rows) and all(row.get(metric) == row["reward"] for row in rows)
 
 
 def goal(comparison: Comparison) -> tuple[str, float] | None:
@@ -79,10 +78,14 @@ def _times(comparison: Comparison, target: tuple[str, float] | None) -> dict[str
 
 
 def slowest(times: Mapping[str, Reaching]) -> str | None:
-    """The method of the largest restricted mean time, the first of equals; None without times on one axis."""
+    """The method of the largest restricted mean time, the first of equals; None without times on one axis.
+
+    A single run, to which no ratio has an interval, is that only among single runs.
+    """
     if len({found.axis for found in times.values()}) != 1:
         return None
-    return max(times, key=lambda label: restricted_mean(times[label].times).mean)
+    several = [label for label, found in times.items() if len(found.times) > 1]
+    return max(several or times, key=lambda label: restricted_mean(times[label].times).mean)
 
 
 def speed_cell(speed: SpeedUp | None) -> Cell:
@@ -94,13 +97,6 @@ def speed_cell(speed: SpeedUp | None) -> Cell:
     ratio = speed.ratio
     detail = "" if math.isnan(ratio.low) else f"[{ratio.low:.2f}, {ratio.high:.2f}]"
     return Cell(f"{speed.bound} {ratio.mean:.2f}{TIMES}".strip(), detail, bold=speed.bound != "≤" and ratio.above(1))
-
-
-def difference_cell(interval: Interval) -> Cell:
-    """A change with its sign, bold where its interval excludes zero; a dash without runs."""
-    if not interval.n:
-        return Cell(DASH)
-    return interval_cell(interval, signed=True, bold=interval.above(0) or interval.below(0))
 
 
 def _columns(held_out: Sequence[str]) -> tuple[Column, ...]:
@@ -146,7 +142,7 @@ def verdicts(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[V
             sentences += words(comparison, key)
         title = f"{study.experiment}, {study.model}: verdict under protocol {protocol_title(protocols, key)}"
         name = slug("verdict", study.experiment, study.model, key)
-        notes = mixed_note(protocols, [other for other, _ in parts])
+        notes = mixed_note(protocols, [other for other, _ in parts]) + budget_note(part)
         table = Table(name, title, _columns(held_out), tuple(groups), notes, tuple(tidy))
         found.append(Verdict(tuple(sentences), table))
     return found
@@ -161,10 +157,10 @@ def _rows(comparison: Comparison, key: str, held_out: Sequence[str]) -> tuple[li
     for entry in found:
         if not entry.label or entry.guidance != scale:
             continue
-        score, change = t_interval(entry.values("reward")), entry.difference(key, "reward")
         speed = compare([times.get(entry.label)], [times.get(reference)]) if reference else None
         cells = [Cell(entry.label), Cell(f"{entry.guidance:g}")]
-        cells += [interval_cell(score, bold=best(entry, found, "reward")), difference_cell(change)]
+        cells.append(score_cell(entry, "reward", bold=best(entry, found, "reward")))
+        cells.append(difference_cell(entry.difference(key, "reward")))
         for metric in held_out:
             trained = is_trained(comparison, metric)
             cells.append(Cell("trained") if trained else difference_cell(entry.difference(key, metric)))
@@ -172,8 +168,8 @@ def _rows(comparison: Comparison, key: str, held_out: Sequence[str]) -> tuple[li
         cells.append(Cell(f"{reached.hits}/{len(reached.times)}") if reached else Cell(DASH))
         cells.append(time_cell(reached) if reached else Cell(DASH))
         cells.append(Cell("slowest", "reference") if entry.label == reference else speed_cell(speed))
-        cells.append(interval_cell(t_interval(entry.values("drift"))) if entry.values("drift") else Cell(DASH))
-        cells += [difference_cell(entry.difference(key, "diversity")), runs_cell(len(entry.rows))]
+        cells += [score_cell(entry, "drift"), difference_cell(entry.difference(key, "diversity"))]
+        cells.append(runs_cell(len(entry.rows)))
         rows.append(Row(tuple(cells), entry.label))
         record: dict[str, Any] = {"method": entry.label, "guidance": entry.guidance, "n": len(entry.rows)}
         for metric in ("reward", *held_out, "diversity"):
@@ -187,6 +183,8 @@ def _rows(comparison: Comparison, key: str, held_out: Sequence[str]) -> tuple[li
     missing = [label for label in comparison.labels if label not in finished]
     width = len(_columns(held_out)) - 2
     rows += [Row((Cell(label), *[Cell("")] * width, Cell("0", "none finished", flag=True)), label) for label in missing]
+    if len(budgets(comparison.runs)) > 1:
+        rows = [unbold(row) for row in rows]
     return rows, records
 
 
@@ -202,12 +200,14 @@ def words(comparison: Comparison, key: str) -> list[str]:
     head = f"Trained on {comparison.reward}:"
     if not methods:
         return [f"{head} no finished run, no verdict."]
-    changes = {entry.label: entry.difference(key, "reward") for entry in methods}
+    several = repeated(methods)
+    reason = undecided(comparison, methods, "reward")
+    if not several:
+        return [f"{head} not decided: {reason}.", *guided(found, several, scale)]
+    changes = {entry.label: entry.difference(key, "reward") for entry in several}
     raised = [label for label, change in changes.items() if change.above(0)]
     lowered = [label for label, change in changes.items() if change.below(0)]
     open_ = [label for label in changes if label not in (*raised, *lowered)]
-    fewest = min(len(entry.rows) for entry in methods)
-    runs = f"n = {fewest}" + (", a preview" if fewest < CLAIM_RUNS else "")
     said = []
     if raised:
         gains = [f"{label} ({signed(changes[label])})" for label in raised]
@@ -215,11 +215,52 @@ def words(comparison: Comparison, key: str) -> list[str]:
     if lowered:
         losses = [f"{label} ({signed(changes[label])})" for label in lowered]
         said.append(f"{listed(losses)} {_verb(lowered, 'lowers', 'lower')} it")
-    if open_ and fewest > 1:
+    if open_:
         said.append(f"for {listed(open_)} a change from the base cannot be told from none")
-    elif open_:
-        said.append(f"{listed(open_)}: single runs have no interval, nothing can be told")
-    return [f"{head} {'; '.join(said)} ({runs}).", *_leader(methods, fewest), *guided(found, methods, scale)]
+    lead = [f"Not decided: {reason}."] if reason else _leader(several)
+    told = f"{head} {'; '.join(said)} ({sample(several)})."
+    return [told, *lead, *single_runs(methods), *guided(found, several, scale)]
+
+
+def repeated(methods: Sequence[Entry]) -> list[Entry]:
+    """The methods of two runs or more: single runs have no interval, and nothing is decided by them."""
+    return [entry for entry in methods if len(entry.rows) > 1]
+
+
+def single_runs(methods: Sequence[Entry]) -> list[str]:
+    """Names the single runs beside methods of several."""
+    single = [entry.label for entry in methods if len(entry.rows) < 2]
+    return [f"Not in the choice, for single runs have no interval: {listed(single)}."] if single else []
+
+
+def undecided(comparison: Comparison, methods: Sequence[Entry], metric: str) -> str:
+    """Why no method can be chosen: budgets differ, or there are only single runs; else empty."""
+    if len(budgets(comparison.runs)) > 1:
+        where = budgets_text(comparison.runs)
+        return f"the budgets differ ({where}), so final scores are not matched and nothing is bold"
+    if repeated(methods):
+        return ""
+    first = max(methods, key=lambda entry: float(np.mean(entry.values(metric))))
+    runs = "one run each has" if len(methods) > 1 else "one run has"
+    return f"{first.label} has the highest mean, but {runs} no interval: a preview"
+
+
+def inseparable(first: Entry, methods: Sequence[Entry], metric: str) -> list[str]:
+    """The other methods that one is not shown to be above."""
+    others = [entry for entry in methods if entry is not first]
+    values = first.values(metric)
+    return [entry.label for entry in others if not welch_difference(values, entry.values(metric)).above(0)]
+
+
+def sample(methods: Sequence[Entry], unit: str = "") -> str:
+    """ "n = 3, a preview": the fewest runs of a method, and what they allow."""
+    fewest = min(len(entry.rows) for entry in methods)
+    return f"n = {fewest}{unit}{', a preview' if fewest < CLAIM_RUNS else ''}"
+
+
+def rest(methods: Sequence[Entry], word: str = "every") -> str:
+    """All methods but one, in words."""
+    return "the other method" if len(methods) == 2 else f"{word} other method"
 
 
 def signed(interval: Interval) -> str:
@@ -232,22 +273,17 @@ def _verb(names: Sequence[str], one: str, several: str) -> str:
     return one if len(names) == 1 else several
 
 
-def _leader(methods: Sequence[Entry], fewest: int) -> list[str]:
+def _leader(methods: Sequence[Entry]) -> list[str]:
     if len(methods) < 2:
         return []
     first = max(methods, key=lambda entry: float(np.mean(entry.values("reward"))))
-    apart = {
-        entry.label: welch_difference(first.values("reward"), entry.values("reward"))
-        for entry in methods
-        if entry is not first
-    }
-    same = [label for label, difference in apart.items() if not difference.above(0)]
+    same = inseparable(first, methods, "reward")
     if not same:
-        rest = "the other method" if len(apart) == 1 else "every other method"
-        return [f"{first.label} ends above {rest}, beyond the 95% interval of the difference."]
-    if len(same) == len(apart):
-        rest = "the other method" if len(same) == 1 else "any other method"
-        return [f"{first.label} has the highest mean, but with n = {fewest} it cannot be told apart from {rest}."]
+        return [f"{first.label} ends above {rest(methods)}, beyond the 95% interval of the difference."]
+    fewest = min(len(entry.rows) for entry in methods)
+    if len(same) == len(methods) - 1:
+        named = rest(methods, "any")
+        return [f"{first.label} has the highest mean, but with n = {fewest} it cannot be told apart from {named}."]
     return [f"{first.label} has the highest mean; with n = {fewest} it cannot be told apart from {listed(same)}."]
 
 

@@ -49,12 +49,66 @@ def test_methods_over_tasks_by_hand(compared: Path) -> None:
     assert [grpo[f"within_{factor:g}"] for factor in across.FACTORS] == [0.0] * 4
 
 
-def test_tasks_that_a_method_did_not_finish_are_left_out(tmp_path: Path) -> None:
+def test_a_method_that_did_not_finish_a_task_is_left_out(tmp_path: Path) -> None:
     write_comparison(tmp_path, seeds=2)
     write_run(tmp_path, "awm", "geneval", 0, grids=False)
     write_run(tmp_path, "awm", "exact_scene", 0, status="failed", until=0.5, grids=False)
     table = across.methods(load([tmp_path]).studies[0])
-    assert table.notes == ("Tasks that every method finished under one protocol: geneval.",)
+    assert table.notes == (
+        "Tasks that every method here finished under one protocol: exact_scene, geneval.",
+        "Left out: awm (no finished run on exact_scene).",
+    )
+    assert [record["method"] for record in table.records] == ["diffusion_nft", "flow_grpo"]
+
+
+def test_disjoint_rewards_and_a_single_variant_leave_the_largest_block(compared: Path, tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    for seed in range(3):
+        write_run(tmp_path, "srpo", "pickscore", seed, grids=False)
+    elsewhere = {"final_protocol_hash": "another", "protocol_hash": "another"}
+    write_run(tmp_path, "flow_grpo", "exact_scene", variant="clip=0", grids=False, run=elsewhere)
+    table = across.methods(load([tmp_path]).studies[0])
+    assert table.records == across.methods(load([compared]).studies[0]).records
+    assert [row.cells[-1].text for row in table.groups[0].rows] == ["2", "2"]
+    assert table.notes == (
+        "Tasks that every method here finished under one protocol: exact_scene, geneval.",
+        "Left out: flow_grpo@clip=0 (a variant); srpo (no finished run on exact_scene and geneval); "
+        "task pickscore (no finished run of diffusion_nft and flow_grpo).",
+    )
+
+
+def test_a_task_under_several_protocols_is_left_out(tmp_path: Path) -> None:
+    write_comparison(tmp_path, seeds=1)
+    write_run(tmp_path, seed=5, grids=False, run={"final_protocol_hash": "another"})
+    assert across.methods(load([tmp_path]).studies[0]).notes == (
+        "Tasks that every method here finished under one protocol: exact_scene.",
+        "Left out: task geneval (several protocols).",
+    )
+
+
+def test_no_table_over_tasks_without_two_methods_of_one_task(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    write_run(tmp_path, variant="beta=1", grids=False)
+    write_run(tmp_path, "srpo", "pickscore", grids=False)
+    table = across.methods(load([tmp_path]).studies[0])
+    assert table.groups[0].rows == ()
+    assert table.notes == ("No two methods, variants apart, finished a run of one task under one protocol.",)
+
+
+@pytest.mark.parametrize(
+    ("finished", "block"),
+    [
+        ({"a": "xy", "b": "xy", "c": "x"}, ("ab", "xy")),  # 4 against 3
+        ({"a": "xyz", "b": "x", "c": "x", "d": "x"}, ("abcd", "x")),
+        ({"a": "xy", "b": "xy", "c": "x", "d": "x"}, ("ab", "xy")),  # 4 each: more tasks
+        ({"a": "xy", "b": "yz", "c": "zx"}, ("ac", "x")),  # 2 each: by name
+        ({"a": "vxy", "b": "xyz", "c": "xyw"}, ("abc", "xy")),  # nobody finished these two alone
+        ({"a": "x", "b": "y", "c": ""}, ("", "")),
+        ({"a": "xyz"}, ("", "")),
+    ],
+)
+def test_the_largest_block(finished: dict[str, str], block: tuple[str, str]) -> None:
+    assert across.largest_block(finished) == tuple(map(list, block))
 
 
 def test_no_pair_without_finished_runs(tmp_path: Path) -> None:

@@ -44,12 +44,14 @@ def test_the_words_name_the_method_its_gain_and_what_it_breaks(compared: Path) -
 def test_the_table_has_the_base_first_then_methods_by_their_mean(compared: Path) -> None:
     (group,) = asked(compared).table.groups
     assert [row.cells[0].text for row in group.rows] == ["base", "base", "diffusion_nft", "flow_grpo"]
-    _, final, change, quarter, half, broken, runs = group.rows[2].cells
+    _, final, change, quarter, half, broken, drift, runs = group.rows[2].cells
     assert (final.text, final.detail, final.bold) == ("0.550", f"± {HALF:.3f}", True)
     assert (change.text, change.bold) == ("+0.250", True)
     assert quarter.text == "+0.050"  # evaluated at 20%, the last before 25%
     assert (half.text, half.detail) == ("+0.125", f"± {HALF / 2:.3f}")
     assert broken.flag
+    assert (drift.text, drift.detail) == ("0.020", "± 0.000")
+    assert group.rows[0].cells[6].text == "0.000"
     assert runs.detail == "preview"
     assert group.rows[3].cells[5].text == "nothing shown"  # exact scene -0.020 ± 0.025
 
@@ -74,7 +76,13 @@ def test_nothing_is_recommended_that_is_not_shown_to_help(tmp_path: Path, monkey
 
 def test_single_runs_decide_nothing(tmp_path: Path) -> None:
     write_run(tmp_path, grids=False)
-    assert asked(tmp_path).sentences[0].startswith("Not decided: diffusion_nft has the highest mean")
+    sentence = "Not decided: diffusion_nft has the highest mean, but one run{} no interval: a preview."
+    assert asked(tmp_path).sentences[0] == sentence.format(" has")
+    write_run(tmp_path, "flow_grpo", grids=False)
+    found = asked(tmp_path)
+    assert found.sentences[0] == sentence.format(" each has")
+    runs = [row.cells[-1] for row in found.table.groups[0].rows if row.label]
+    assert [(cell.text, cell.detail) for cell in runs] == [("1", "preview, one seed")] * 2
 
 
 def test_a_single_run_beside_several_is_left_out_of_the_choice(tmp_path: Path) -> None:
@@ -82,8 +90,24 @@ def test_a_single_run_beside_several_is_left_out_of_the_choice(tmp_path: Path) -
         write_run(tmp_path, "flow_grpo", seed=seed, grids=False)
     write_run(tmp_path, "diffusion_nft", grids=False)
     first, *_, left_out, _ = asked(tmp_path).sentences
-    assert first.startswith("flow_grpo is the only one with finished runs")
+    assert first.startswith("flow_grpo is the only one with several finished runs")
     assert left_out == "Not in the choice, for single runs have no interval: diffusion_nft."
+
+
+def test_a_single_run_does_not_hide_the_best_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GAINS, ("lucky", "geneval"), {"geneval": 0.5, "exact_scene": 0.0})
+    for method, seeds in (("diffusion_nft", 5), ("flow_grpo", 5), ("lucky", 1)):
+        for seed in range(seeds):
+            write_run(tmp_path, method, seed=seed, grids=False)
+    found = asked(tmp_path)
+    first, _, left_out, guided = found.sentences
+    assert first.startswith("diffusion_nft: it ends at 0.560")
+    assert "above the other method" in first
+    assert first.endswith("(n = 5 runs a method).")
+    assert left_out == "Not in the choice, for single runs have no interval: lucky."
+    assert guided.endswith("only diffusion_nft is shown to be above that.")
+    bold = {row.label: row.cells[1].bold for row in found.table.groups[0].rows if row.label}
+    assert bold == {"lucky": False, "diffusion_nft": True, "flow_grpo": False}
 
 
 def test_no_answer_without_a_finished_run(tmp_path: Path) -> None:
@@ -117,6 +141,30 @@ def test_different_budgets_are_not_named(tmp_path: Path) -> None:
     for seed, flops in enumerate((1e13, 2e13)):
         write_run(tmp_path, seed=seed, grids=False, run={"budget": {"flops": flops}})
     assert asked(tmp_path).question == "Which method for GenEval (official), and what does it break?"
+
+
+def test_different_budgets_decide_nothing(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "diffusion_nft", seed=seed, grids=False)
+        write_run(tmp_path, "flow_grpo", seed=seed, grids=False, run={"budget": {"flops": 1e13}})
+    found = asked(tmp_path)
+    budgets = "10 TFLOP: flow_grpo; 20 TFLOP: diffusion_nft"
+    assert found.sentences[0] == (
+        f"Not decided: the budgets differ ({budgets}), so final scores are not matched and nothing is bold."
+    )
+    assert not any("above the other" in sentence or "breaks" in sentence for sentence in found.sentences)
+    assert not any(cell.bold for row in found.table.groups[0].rows for cell in row.cells)
+    assert found.table.notes[1:] == (
+        f"Runs trained on geneval had different budgets ({budgets}): their numbers are not matched.",
+    )
+
+
+def test_a_run_that_did_not_finish_has_no_say_about_the_budget(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    write_run(tmp_path, seed=1, status="failed", until=0.2, grids=False, run={"budget": {"flops": 1e12}})
+    found = asked(tmp_path)
+    assert found.question.startswith("Which method for GenEval (official) at 20 TFLOP")
+    assert "budgets differ" not in found.sentences[0]
 
 
 def test_the_numbers_are_tidy(compared: Path) -> None:

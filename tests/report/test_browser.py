@@ -69,10 +69,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome, report: Path) -> webdriver.Chrome:
+def page(browser: webdriver.Chrome, report: Path) -> Iterator[webdriver.Chrome]:
+    """The page as it is opened; whatever a test does with it, the console has nothing to say."""
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    browser.get_log("browser")
     browser.get((report / "index.html").as_uri())
-    return browser
+    yield browser
+    assert browser.get_log("browser") == []
 
 
 def draw_all(page: webdriver.Chrome) -> list[WebElement]:
@@ -127,6 +130,8 @@ def test_the_plotted_values_are_those_of_the_tables_after_every_switch(page: web
                 elif trace["meta"]["kind"] == "runs":
                     assert costs == pytest.approx(runs[f"cost_{axis.key}"].tolist(), rel=1e-4)
                     assert scores == pytest.approx(runs[metric].tolist(), rel=1e-4)
+                elif trace["meta"]["kind"] == "base":
+                    assert scores == pytest.approx([*plotted["mean"]] * 2, rel=1e-12)
             kinds = [trace["meta"]["kind"] for trace in drawn]
             assert [kinds.count(kind) for kind in ("mean", "band", "runs", "base")] == [2, 2, 3, 2]
             label = figure.find_element(By.CSS_SELECTOR, ".chart").get_attribute("aria-label")
@@ -173,27 +178,35 @@ def test_hovering_says_method_seed_and_values(page: webdriver.Chrome) -> None:
     assert "diffusion_nft, seed 0" in figure.find_element(By.CSS_SELECTOR, ".hovertext").text
 
 
-def test_the_slider_changes_the_grid(page: webdriver.Chrome) -> None:
+def test_the_slider_changes_the_grids_of_every_method(page: webdriver.Chrome) -> None:
     part = page.find_element(By.CSS_SELECTOR, "#samples .samples")
-    strip = part.find_element(By.CSS_SELECTOR, ".strip")
+    strips = part.find_elements(By.CSS_SELECTOR, ".strip")
+    assert len(strips) == 2
 
-    def shown() -> list[str]:
-        captions = strip.find_elements(By.CSS_SELECTOR, "figure")
-        return [each.find_element(By.CSS_SELECTOR, "img").get_attribute("src") or "" for each in captions
-                if each.is_displayed()]  # fmt: skip
+    def shown() -> list[list[tuple[str, str | None]]]:
+        """(picture, share of the budget) of every grid that is displayed, by method."""
+        grids = [strip.find_elements(By.CSS_SELECTOR, "figure") for strip in strips]
+        return [
+            [(each.find_element(By.CSS_SELECTOR, "img").get_attribute("src") or "", each.get_attribute("data-used"))
+             for each in figures if each.is_displayed()]
+            for figures in grids
+        ]  # fmt: skip
 
     everything = shown()
     slider = part.find_element(By.CSS_SELECTOR, "input[type=range]")
     assert slider.get_attribute("value") == slider.get_attribute("max")
-    slider.send_keys(Keys.HOME)
-    first = shown()
-    assert part.find_element(By.CSS_SELECTOR, "output").text == "0%"
-    slider.send_keys(Keys.END)
-    last = shown()
-    assert part.find_element(By.CSS_SELECTOR, "output").text == "100%"
-    assert len(first) == len(last) == 1
-    assert first != last
-    assert {*first, *last} <= set(everything)
+    pictures = []
+    for keys, share in (
+        ((Keys.HOME,), "0"), ((Keys.ARROW_RIGHT, Keys.ARROW_RIGHT), "30"), ((Keys.END,), "100"),
+        ((Keys.ARROW_LEFT,), "90"),
+    ):  # fmt: skip
+        slider.send_keys(*keys)
+        assert part.find_element(By.CSS_SELECTOR, "output").text == f"{share}%"
+        for strip, grids in zip(everything, shown(), strict=True):
+            assert [used for _, used in grids] == [share]
+            assert grids[0] in strip
+        pictures.append(shown()[0][0][0])
+    assert len(set(pictures)) == 4
     part.find_element(By.CSS_SELECTOR, "button").send_keys(Keys.ENTER)
     assert shown() == everything
 
@@ -250,6 +263,8 @@ def test_names_and_prompts_stay_text(page: webdriver.Chrome) -> None:
         "document.body.append(s); return document.title;"
     )
     assert blocked == "alignbench report"  # only the page's own scripts may run
+    (complaint,) = page.get_log("browser")
+    assert "Content Security Policy" in complaint["message"]
 
 
 def test_the_keyboard_reaches_every_control(page: webdriver.Chrome) -> None:
@@ -342,3 +357,72 @@ def test_without_scripts_every_figure_grid_and_axis_is_there(browser: webdriver.
         assert all(each.text for each in shown())  # labels of a figure that is really there
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+MANY = ("awm", "diffusion_nft", "dpo", "draft", "flow_grpo", "rwr", "sdpo", "tempflow_grpo")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of eight methods of five runs."""
+    root = tmp_path_factory.mktemp("many")
+    for method in MANY:
+        for seed in range(5):
+            write_run(root, method, seed=seed, grids=seed == 0)
+    build([root], root / "report", lambda _: None)
+    return root / "report"
+
+
+def emulate(browser: webdriver.Chrome, width: int, height: int, scheme: str = "light", media: str = "") -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def photograph(browser: webdriver.Chrome, path: Path, whole: bool = False) -> None:
+    """Write what is on the screen, or the whole page, to a PNG file."""
+    more: dict[str, Any] = {}
+    if whole:
+        width, height = browser.execute_script(
+            "var root = document.documentElement; return [root.clientWidth, root.scrollHeight]"
+        )
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        more = {"captureBeyondViewport": True, "clip": clip}
+    path.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", more)["data"]))
+
+
+def test_the_first_screen_has_the_answer_of_eight_methods(
+    browser: webdriver.Chrome, many: Path, tmp_path: Path
+) -> None:
+    """Screenshots for whoever wants to look lie in the folder of the test."""
+    try:
+        for scheme in ("light", "dark"):
+            emulate(browser, 1280, 900, scheme)
+            browser.get((many / "index.html").as_uri())
+            opening(browser)
+            photograph(browser, tmp_path / f"{scheme}.png")
+            places = browser.execute_script(
+                "return Array.from(document.querySelectorAll(arguments[0])).map(function (each) {"
+                "var place = each.getBoundingClientRect(); return [each.localName, place.top, place.bottom]; })",
+                "#answer-title, #answer li, #answer thead, #answer tbody tr",
+            )
+            names = [name for name, _, _ in places]
+            assert (names[0], names.count("thead"), names.count("tr")) == ("h2", 1, 2 + len(MANY))
+            assert names.count("li") >= 2
+            top = places[: names.index("thead") + 1 + 4]  # the base at both guidances, and the first two methods
+            assert all(0 <= above < below <= 900 for _, above, below in top), top
+        draw_all(browser)
+        photograph(browser, tmp_path / "dark_whole.png", whole=True)
+        emulate(browser, 390, 844)
+        browser.execute_script("scrollTo(0, 0)")
+        photograph(browser, tmp_path / "narrow.png")
+        photograph(browser, tmp_path / "narrow_whole.png", whole=True)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        emulate(browser, 1123, 794, media="print")
+        photograph(browser, tmp_path / "print_whole.png", whole=True)
+        written = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+        assert len(set(written.values())) == len(written) == 6
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})

@@ -8,7 +8,7 @@ import pytest
 from alignbench.report import curves
 from alignbench.report.curves import DARK, LIGHT, Plot, styles
 from alignbench.report.data import AXES, Comparison, load
-from tests.report.synthetic import BUDGET, FRACTIONS, write_run
+from tests.report.synthetic import BUDGET, FRACTIONS, HASHES, write_run
 
 FLOPS = AXES[0]
 
@@ -83,8 +83,8 @@ def test_the_base_has_a_line_at_every_guidance_and_the_curves_protocol_comes_fir
                 row["metrics"]["geneval"] += 0.01  # other prompts
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves_own, only_final = drawn(three).base
-    assert (curves_own.guidance, curves_own.score, curves_own.final) == (1.0, pytest.approx(0.30), False)
-    assert (only_final.guidance, only_final.score, only_final.final) == (3.0, pytest.approx(0.46), True)
+    assert (curves_own.guidance, curves_own.score, curves_own.final) == (1.0, pytest.approx(0.30), "")
+    assert (only_final.guidance, only_final.score, only_final.final) == (3.0, pytest.approx(0.46), HASHES["final"])
     figure = curves.draw(drawn(three), styles(["diffusion_nft"]))
     levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
     assert levels["base, guidance 1"] == pytest.approx(0.30)
@@ -113,8 +113,13 @@ def test_the_text_alternative_gives_the_numbers(three: Path) -> None:
 
 
 def test_the_rows_are_what_is_drawn(three: Path) -> None:
-    rows = list(curves.rows(drawn(three), {"trained_on": "geneval"}))
-    assert len(rows) == len(FRACTIONS)
+    rows = list(curves.rows(drawn(three), {"trained_on": "geneval", "protocol_hash": HASHES["curve"]}))
+    rows, base = rows[: len(FRACTIONS)], rows[len(FRACTIONS) :]
+    assert [(row["method"], row["protocol_hash"], "cost" in row) for row in base] == [
+        ("base, guidance 1", HASHES["curve"], False),
+        ("base, guidance 3", HASHES["final"], False),
+    ]
+    assert [row["mean"] for row in base] == [pytest.approx(0.30), pytest.approx(0.45)]
     assert rows[-1]["mean"] == pytest.approx(0.55)
     assert {row["n"] for row in rows} == {3}
 

@@ -7,6 +7,8 @@ import pytest
 
 from alignbench.report.curves import styles
 from alignbench.report.data import NothingToReport, flatten, load
+from alignbench.report.statistics import mean_over_budget
+from alignbench.report.targets import reaching
 from tests.report.synthetic import BUDGET, FRACTIONS, HASHES, write_comparison, write_run
 
 
@@ -86,6 +88,36 @@ def test_a_budget_in_gpu_seconds_is_read_on_the_axis_of_seconds(tmp_path: Path) 
     by_seconds, by_iterations = load([tmp_path]).runs
     assert by_seconds.budget() == ("seconds", 300)
     assert by_iterations.budget() == ("flops", BUDGET)
+
+
+def test_gpu_seconds_of_several_processes_are_divided_by_them(tmp_path: Path) -> None:
+    """Two processes that spend 380 s each have spent 760 GPU seconds, which ends both of them at 380 s."""
+    write_run(tmp_path, run={"budget": {"gpu_seconds": 760}, "processes": 2}, grids=False)
+    (run,) = load([tmp_path]).runs
+    assert run.budget() == ("seconds", 380)
+    found = reaching([run], "geneval", target=0.9)
+    assert found is not None
+    assert (found.hits, found.horizon, found.times[0].time) == (0, 380, 380)
+    x, y = run.curve("geneval", "seconds")
+    assert mean_over_budget(x, y, run.budget()[1]) == pytest.approx(0.30 + 0.24 / 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "processes", "ended"),
+    [
+        ({"flops": 2 * BUDGET, "nfe": 240_000}, 1, ("nfe", 240_000)),
+        ({"nfe": 480_000, "flops": BUDGET}, 1, ("flops", BUDGET)),
+        ({"flops": 2 * BUDGET, "gpu_seconds": 700}, 2, ("seconds", 350)),  # 760 of 700
+        ({"flops": BUDGET, "gpu_seconds": 770}, 2, ("flops", BUDGET)),
+        ({"gpu_seconds": 300, "iterations": 50}, 1, ("flops", BUDGET)),  # 380 of 300, 100 of 50
+        ({"iterations": 200, "gpu_seconds": 300}, 1, ("seconds", 300)),
+    ],
+)
+def test_of_several_limits_the_one_of_which_most_was_used_is_the_budget(
+    tmp_path: Path, budget: dict[str, float], processes: int, ended: tuple[str, float]
+) -> None:
+    write_run(tmp_path, run={"budget": budget, "processes": processes}, grids=False)
+    assert load([tmp_path]).runs[0].budget() == ended
 
 
 def test_rows_that_cannot_be_compared_are_left_out_and_told(tmp_path: Path) -> None:

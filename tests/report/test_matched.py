@@ -26,6 +26,17 @@ def test_an_unfinished_run_has_no_matched_score(tmp_path: Path) -> None:
     assert matched.checkpoint(run, 0.25) is None
 
 
+def test_different_budgets_are_noted(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    write_run(tmp_path, "flow_grpo", grids=False, run={"budget": {"nfe": 240_000}})
+    records = load([tmp_path])
+    (table,) = matched.matched(records.studies[0], records.protocols)
+    assert table.notes == (
+        "Runs trained on geneval had different budgets (20 TFLOP: diffusion_nft; 240,000 denoiser passes: flow_grpo): "
+        "their numbers are not matched.",
+    )
+
+
 def test_the_table_follows_the_closed_form(tmp_path: Path) -> None:
     write_comparison(tmp_path)
     records = load([tmp_path])

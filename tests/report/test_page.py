@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import itertools
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from alignbench.report.__main__ import main
 from alignbench.report.data import AXES
 from alignbench.report.page import build
-from tests.report.synthetic import write_run
+from tests.report.synthetic import HASHES, write_run
 
 ATTACK = "<script>alert('x')</script>"
 
@@ -64,6 +65,39 @@ def test_every_figure_and_table_is_a_file(report: Path) -> None:
     assert sorted((report / "files.txt").read_text().split()) == sorted(
         path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file() and path.name != "files.txt"
     )
+
+
+def test_every_table_and_figure_on_the_page_names_its_file(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    named = [unescape(name) for name in re.findall(r'<code class="file">((?:tables|figures)/[^<]*)</code>', text)]
+    assert all((report / name).is_file() for name in named)
+    assert len([name for name in named if name.startswith("tables/")]) == len(page.all("table"))
+    drawn = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
+    assert len([name for name in named if name.startswith("figures/")]) == len(drawn)
+    assert len(named) == len(set(named))
+    assert "tables/missing_first_shapes.csv" in named
+    assert "figures/headline.svg" in named
+    grids = [unescape(name) for name in re.findall(r'<code class="file">([^<]*/images)</code>', text)]
+    assert grids
+    assert all((report.parent / name).is_dir() for name in grids)
+
+
+LARGEST = 15_000_000  # bytes that a mail or a repository still takes
+
+
+def test_the_page_stays_small(report: Path) -> None:
+    assert (report / "index.html").stat().st_size < LARGEST
+
+
+@pytest.mark.soak
+def test_the_page_of_500_runs_stays_small(tmp_path: Path) -> None:
+    for reward, method, seed in itertools.product(("geneval", "exact_scene"), range(25), range(10)):
+        write_run(tmp_path / "results", f"method_{method:02}", reward, seed, grids=seed == 0)
+    said: list[str] = []
+    page = build([tmp_path / "results"], tmp_path / "report", said.append)
+    assert said[0].startswith("read 500 runs")
+    assert page.stat().st_size < LARGEST
 
 
 def test_names_and_messages_are_escaped(report: Path) -> None:
@@ -193,8 +227,26 @@ def test_plotted_means_are_in_the_csv(report: Path) -> None:
     end = frame.query("metric == 'geneval' and axis == 'nfe' and method == 'diffusion_nft'").iloc[-1]
     assert (end["cost"], end["n"]) == (240_000, 2)
     assert end["mean"] == pytest.approx(0.30 + 0.245)  # seeds 0 and 1: gains 0.24 and 0.25
+    base = frame.query("metric == 'geneval' and axis == 'nfe' and method.str.startswith('base')")
+    assert base["method"].tolist() == ["base, guidance 1", "base, guidance 3"]
+    assert base["protocol_hash"].tolist() == [HASHES["curve"], HASHES["final"]]
+    assert base["mean"].tolist() == pytest.approx([0.30, 0.45])
+    assert base["cost"].isna().all()  # the line holds at every cost
     evaluations = pd.read_csv(report / "tables/evaluations.csv")
     assert evaluations.groupby("run").size().max() == 20
+
+
+def test_the_figure_of_the_opening_is_in_the_csv_even_where_no_other_shows_its_metric(tmp_path: Path) -> None:
+    for seed in range(2):
+        folder = write_run(tmp_path, reward="pickscore", seed=seed, grids=False, run={"targets": {"pickscore": 21.2}})
+        for name in ("geneval", "exact_scene"):
+            text = (folder / "evaluations.jsonl").read_text()
+            (folder / "evaluations.jsonl").write_text(text.replace(f'"{name}": ', f'"other_{name}": '))
+    build([tmp_path], tmp_path / "report", lambda _: None)
+    frame = pd.read_csv(tmp_path / "report/tables/curves.csv")
+    shown = frame.query("metric == 'pickscore'")
+    assert set(shown["axis"]) == {"flops"}
+    assert shown.query("method == 'diffusion_nft'")["mean"].iloc[-1] == pytest.approx(21.4)
 
 
 def test_the_same_records_give_the_same_files(report: Path, tmp_path: Path) -> None:

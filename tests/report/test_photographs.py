@@ -129,4 +129,4 @@ def test_figures_and_captions_show_it(root: Path, records: Records, tmp_path: Pa
     page = build([root], tmp_path, lambda _: None)
     plotted = pd.read_csv(tmp_path / "tables/curves.csv")
     assert set(plotted["metric"]) == {"reward", "geneval_hf"}
-    assert "base, guidance 1, GenEval 0.300</figcaption>" in page.read_text()
+    assert "base, guidance 1, GenEval (hub detector) 0.300</figcaption>" in page.read_text()

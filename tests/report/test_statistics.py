@@ -18,6 +18,7 @@ from alignbench.report.statistics import (
     clip_times,
     improvement,
     interpolate,
+    interquartile_mean,
     last_at,
     mean_of_tasks,
     mean_over_budget,
@@ -186,6 +187,14 @@ def test_restricted_mean_counts_a_miss_with_the_budget() -> None:
     assert restricted_mean([*reached(2.0, 4.0), *missed(9.0)]).mean == 5.0
 
 
+def test_a_time_with_a_miss_is_a_lower_bound_without_limits() -> None:
+    for times in ([*reached(2.0, 4.0), *missed(9.0)], missed(9.0, 9.0, 9.0)):
+        interval = restricted_mean(times)
+        assert interval.n == 3
+        assert all(map(math.isnan, (interval.low, interval.high, interval.half_width)))
+    assert restricted_mean(reached(2.0, 4.0, 9.0)) == t_interval([2.0, 4.0, 9.0])
+
+
 def test_a_shorter_horizon_censors_what_came_later() -> None:
     assert clip_times([*reached(2.0, 8.0), *missed(10.0)], 5.0) == [*reached(2.0), *missed(5.0, 5.0)]
 
@@ -219,17 +228,48 @@ def test_speed_up_over_tasks_is_the_geometric_mean() -> None:
     found = speed_up([reached(1.0, 1.0), reached(5.0, 5.0)], [reached(8.0, 8.0), reached(10.0, 10.0)])
     assert found.ratio.mean == pytest.approx(4.0)  # sqrt(8 * 2)
     many = speed_up([reached(*[1.0] * 12), reached(5.0, 5.0)], [reached(8.0, 8.0), reached(10.0, 10.0)])
-    assert (many.ratio.low, many.ratio.mean, many.ratio.high) == pytest.approx((4.0, 4.0, 4.0))  # bootstrap
+    assert (many.ratio.low, many.ratio.mean, many.ratio.high) == pytest.approx((4.0, 4.0, 4.0))
 
 
-@pytest.mark.parametrize("runs", [3, 8])
-def test_coverage_of_the_speed_up(runs: int) -> None:
-    generator, trials, covered = np.random.default_rng(runs), 1_000, 0
+def test_the_smallest_cell_decides_between_student_and_the_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    small, large, other = (generator.gamma(25, 1 / 25, runs) for runs in (3, 11, 11))
+    assert aggregate([small, large]) == ("mean", weighted_sum([small, large], [0.5, 0.5]))
+    assert aggregate([other, large]) == ("mean", bootstrap([other, large], mean_of_tasks))
+    spread = weighted_sum([small / small.mean(), large / large.mean()], [-1, 1])
+    ratio = speed_up([reached(*small)], [reached(*large)]).ratio
+    assert math.log(ratio.high / ratio.mean) == pytest.approx(spread.high)
+    drawn = bootstrap([other, large], lambda parts: np.log(parts[1].mean(axis=-1) / parts[0].mean(axis=-1)))
+    assert math.log(speed_up([reached(*other)], [reached(*large)]).ratio.high) == pytest.approx(drawn.high)
+
+
+def covers(measured: float, covered: int, trials: int) -> bool:
+    """Whether a simulated coverage is within four standard errors of the measured one that is stated."""
+    return abs(covered / trials - measured) <= 4 * math.sqrt(measured * (1 - measured) / trials)
+
+
+@pytest.mark.parametrize(("runs", "measured"), [((3, 3), 0.965), ((8, 8), 0.95), ((3, 11), 0.94)])
+def test_coverage_of_the_speed_up(runs: tuple[int, int], measured: float) -> None:
+    """With 3 and 11 runs the bootstrap covers 83%."""
+    generator, trials, covered = np.random.default_rng(runs), 2_000, 0
     for _ in range(trials):  # times of mean 2 and 6, coefficient of variation 0.2
-        fast, slow = (mean * generator.gamma(25, 1 / 25, runs) for mean in (2.0, 6.0))
+        fast, slow = (mean * generator.gamma(25, 1 / 25, n) for mean, n in zip((2.0, 6.0), runs, strict=True))
         ratio = speed_up([reached(*fast)], [reached(*slow)]).ratio
         covered += ratio.low <= 3.0 <= ratio.high
-    assert 0.93 <= covered / trials <= 0.985
+    assert covers(measured, covered, trials)
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_where_only_the_slower_misses_the_lower_limit_is_one_of_the_whole_ratio(runs: int) -> None:
+    generator, trials, covered, seen = np.random.default_rng(runs), 1_000, 0, 0
+    for _ in range(trials):  # medians 2 and 6, a budget of 5.6 that 6 runs in 10 of the slower method exceed
+        fast, slow = (median * np.exp(generator.normal(0, 0.3, runs)) for median in (2.0, 6.0))
+        censored = [TimeToTarget(min(time, 5.6), bool(time <= 5.6)) for time in slow]
+        found = speed_up([reached(*fast)], [censored])
+        seen += found.bound == "≥"
+        covered += found.bound == "≥" and found.ratio.low <= 3.0
+    assert seen > 900
+    assert covered / seen >= 0.975
 
 
 def test_bootstrap_resamples_whole_runs_within_groups() -> None:
@@ -263,6 +303,59 @@ def test_coverage_of_the_bootstrap_over_tasks() -> None:
     assert 0.90 <= covered / trials <= 0.98
 
 
+def test_coverage_of_the_bootstrap_from_eleven_runs_on() -> None:
+    """The unexpanded percentiles cover 91%."""
+    generator, trials, covered = np.random.default_rng(0), 2_000, 0
+    for _ in range(trials):
+        interval = bootstrap([generator.normal(0.4, 0.1, 11)], mean_of_tasks, resamples=500)
+        covered += interval.low <= 0.4 <= interval.high
+    assert covers(0.95, covered, trials)
+
+
+@pytest.mark.parametrize(("runs", "measured"), [((3, 11), 0.93), ((5, 11), 0.945), ((3, 3), 0.96), ((11, 3, 5), 0.94)])
+def test_coverage_of_the_mean_over_tasks_of_unequal_runs(runs: tuple[int, ...], measured: float) -> None:
+    """With 3 and 11 runs the bootstrap covers 83%."""
+    generator, trials, covered = np.random.default_rng(runs), 2_000, 0
+    for _ in range(trials):
+        _, interval = aggregate([generator.normal(0.2 * task, 0.1, n) for task, n in enumerate(runs)])
+        covered += interval.low <= 0.1 * (len(runs) - 1) <= interval.high
+    assert covers(measured, covered, trials)
+
+
+@pytest.mark.parametrize(("means", "measured"), [([0.5] * 4, 0.95), ([0.2, 0.4, 0.6, 0.8], 0.96)])
+def test_coverage_of_the_interquartile_mean(means: list[float], measured: float) -> None:
+    """The percentile bootstrap covers 92% of the first and 87% of the second."""
+    generator, trials, covered = np.random.default_rng(5), 2_000, 0
+    for _ in range(trials):
+        kind, interval = aggregate([generator.normal(mean, 0.05, 5) for mean in means])
+        covered += interval.low <= 0.5 <= interval.high
+    assert kind == "interquartile mean"
+    assert covers(measured, covered, trials)
+
+
+def test_coverage_of_the_interquartile_mean_of_skewed_runs() -> None:
+    generator, trials, covered = np.random.default_rng(5), 2_000, 0
+
+    def draw(runs: int) -> list[Array]:
+        tasks = ((0.06, 0.07), (0.16, 0.07), (0.33, 0.035), (0.32, 0.14))  # start and scale
+        return [start + scale * generator.gamma(2, 1, runs) for start, scale in tasks]
+
+    truth = interquartile_mean(draw(100_000)).mean
+    for _ in range(trials):
+        interval = interquartile_mean(draw(5))
+        covered += interval.low <= truth <= interval.high
+    assert covers(0.925, covered, trials)
+
+
+@pytest.mark.parametrize(("runs", "shape", "measured"), [(3, 25, 0.95), (5, 25, 0.95), (5, 4, 0.93)])
+def test_coverage_of_the_time_to_a_target_that_all_runs_reach(runs: int, shape: int, measured: float) -> None:
+    generator, trials, covered = np.random.default_rng(runs), 2_000, 0
+    for _ in range(trials):  # coefficient of variation 0.2 and 0.5
+        interval = restricted_mean(reached(*(2.0 * generator.gamma(shape, 1 / shape, runs))))
+        covered += interval.low <= 2.0 <= interval.high
+    assert covers(measured, covered, trials)
+
+
 @pytest.mark.parametrize("runs", [3, 5])
 def test_coverage_of_the_mean_over_tasks(runs: int) -> None:
     generator, trials, covered = np.random.default_rng(runs), 2_000, 0
@@ -292,6 +385,18 @@ def test_the_interquartile_mean_needs_four_tasks_of_five_runs() -> None:
     assert kind == "interquartile mean"
     # by hand: of 20 values the 5 lowest (0000 1) and 5 highest (400 444 3) go; 111 2222 333 remain
     assert interval.mean == pytest.approx((3 * 1 + 4 * 2 + 3 * 3) / 10)
+
+
+def test_interval_of_the_interquartile_mean_by_hand() -> None:
+    """Winsorised to the middle half every task is 1 1 2 3 3: squares 2 + 2 + 2 * 4 / 4 = 4, variance 1; 10 - 4 free."""
+    interval = interquartile_mean([np.arange(5.0)] * 3 + [np.array([0.0, 1.0, 2.0, 3.0, 400.0])])
+    assert (interval.mean, interval.n) == (2.0, 5)
+    assert interval.half_width == pytest.approx(2.446912 * math.sqrt(4 * 5 * 1) / 10)  # a table's t for six
+    same = interquartile_mean([np.full(5, 0.4)] * 4)
+    assert (same.low, same.high) == pytest.approx((0.4, 0.4))
+    assert not same.above(0)
+    assert math.isnan(interquartile_mean([np.arange(5.0)] * 3 + [np.array([2.0])]).low)
+    assert math.isnan(interquartile_mean([np.arange(2.0)] * 4).low)  # four kept, four tasks
 
 
 def test_probability_of_improvement_by_hand() -> None:

@@ -72,6 +72,39 @@ def test_the_base_is_named_with_guidance_and_its_cost(compared: Path) -> None:
     assert guided["GenEval (official)"].text == "0.450"
 
 
+def test_trained_on_and_evaluated_on_are_one_table(compared: Path) -> None:
+    (table,) = headline(compared)
+    assert table.title.startswith(f"first, shapes: trained on {tables.TIMES} evaluated on, under protocol final")
+    metrics = ["Trained reward", "GenEval (official)", "Exact scene", "PickScore", "Second judge"]
+    assert [column.title for column in table.columns[3:-1:2]] == metrics
+    assert [group.title for group in table.groups] == ["trained on exact_scene", "trained on geneval"]
+    found = row(table, "geneval", "diffusion_nft")
+    assert (found["PickScore"].text, found[f"{MINUS_BASE} #4"].text) == ("21.400", "+0.400")
+    assert (found["Second judge"].text, found[f"{MINUS_BASE} #5"].text) == ("0.600", "+0.000")
+    for group in table.groups:
+        assert [[cell.text for cell in each.cells[:2]] for each in group.rows] == [
+            ["base", "1"], ["base", "3"],
+            ["diffusion_nft", "1"], ["flow_grpo", "1"], ["diffusion_nft", "3"], ["flow_grpo", "3"],
+        ]  # fmt: skip
+
+
+def test_a_trained_reward_that_has_a_column_has_no_second_one(tmp_path: Path) -> None:
+    write_run(tmp_path, reward="exact_scene", grids=False)
+    (table,) = headline(tmp_path)
+    titles = [column.title for column in table.columns[3:-1:2]]
+    assert titles == ["GenEval (official)", "Exact scene", "PickScore", "Second judge"]
+    assert row(table, "exact_scene", "diffusion_nft")[f"{MINUS_BASE} #2"].text == "+0.170"  # 0.18, the seed's offset
+
+
+def test_single_runs_are_no_rivals_for_the_best(tmp_path: Path) -> None:
+    for method, seeds in (("diffusion_nft", 5), ("flow_grpo", 5), ("unknown", 1)):
+        for seed in range(seeds):
+            write_run(tmp_path, method, seed=seed, grids=False)
+    (table,) = headline(tmp_path)
+    bold = {name: row(table, "geneval", name)["GenEval (official)"].bold for name in ("diffusion_nft", "unknown")}
+    assert bold == {"diffusion_nft": True, "unknown": False}
+
+
 def test_bold_needs_the_interval(compared: Path) -> None:
     (table,) = headline(compared)
     better = row(table, "geneval", "diffusion_nft")
@@ -94,7 +127,7 @@ def test_a_score_below_the_guided_base_is_not_bold(tmp_path: Path) -> None:
     assert not any(cell.bold for cell in (row(table, "geneval", "flow_grpo")["GenEval (official)"],))
 
 
-@pytest.mark.parametrize(("seeds", "detail"), [(1, "no interval"), (2, "preview"), (4, "preview"), (5, "")])
+@pytest.mark.parametrize(("seeds", "detail"), [(1, "preview, one seed"), (2, "preview"), (4, "preview"), (5, "")])
 def test_few_runs_are_labelled(tmp_path: Path, seeds: int, detail: str) -> None:
     for seed in range(seeds):
         write_run(tmp_path, seed=seed, grids=False)
@@ -128,6 +161,44 @@ def test_differing_budgets_and_bases_are_noted(tmp_path: Path) -> None:
     (table,) = headline(tmp_path)
     assert any("different budgets" in note for note in table.notes)
     assert any("differ between runs by up to 0.01" in note for note in table.notes)
+
+
+def test_different_budgets_are_noted_wherever_a_number_depends_on_them(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "diffusion_nft", seed=seed, grids=False)
+        write_run(tmp_path, "flow_grpo", seed=seed, run={"budget": {"iterations": 100}}, grids=False)
+    records = load([tmp_path])
+    (study,) = records.studies
+    protocols = records.protocols
+    note = (
+        "Runs trained on geneval had different budgets (100 iterations: flow_grpo; 20 TFLOP: diffusion_nft): "
+        "their numbers are not matched."
+    )
+    found = [*tables.headline(study, protocols), *tables.efficiency(study, protocols)]
+    found += [*tables.geneval(study, protocols), tables.cost(study)]
+    assert [note in table.notes for table in found] == [True] * 4
+    best = row(found[0], "geneval", "diffusion_nft")["GenEval (official)"]
+    assert not best.bold  # above flow_grpo, at another budget
+
+
+def test_different_budgets_of_two_trained_rewards_are_noted(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    write_run(tmp_path, reward="exact_scene", run={"budget": {"flops": 1e13}}, grids=False)
+    (table,) = headline(tmp_path)
+    assert table.notes == (
+        "Trained rewards had different budgets (exact_scene: 10 TFLOP; geneval: 20 TFLOP): "
+        "across them, numbers are not matched.",
+    )
+
+
+def test_the_base_alone_has_no_budget_to_differ_in(tmp_path: Path) -> None:
+    write_run(tmp_path, grids=False)
+    folder = write_run(tmp_path, "base", run={"kind": "evaluated", "budget": None}, grids=False)
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    kept = [each for each in rows if each["weights"] == "base"]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in kept))
+    (table,) = headline(tmp_path)
+    assert table.notes == ()
 
 
 def test_a_method_without_a_finished_run_keeps_its_row(tmp_path: Path) -> None:
@@ -166,8 +237,9 @@ def test_seen_tags_and_columns_of_geneval(compared: Path) -> None:
     (table,) = tables.geneval(records.studies[0], records.protocols)
     notes = {column.title: column.note for column in table.columns}
     assert [title for title, note in notes.items() if note == "seen"] == ["single object", "counting"]
-    wanted = ["GenEval (strict)", "Exact scene", "Objects an image", "Invalid share", "PickScore", "Second judge"]
-    assert [title for title in notes if title in wanted] == wanted
+    assert list(notes)[10:] == [
+        "GenEval (strict)", "Exact scene", "Objects an image", "Invalid share", "Diversity", "Drift", "Runs",
+    ]  # fmt: skip
     found = row(table, "geneval", "diffusion_nft")
     assert found["single object"].text == "0.650"  # 0.55 + 0.05 * 2
     assert found["color attr"].text == "0.400"

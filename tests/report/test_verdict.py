@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def test_words_where_everything_is_clear(compared: Path) -> None:
     assert "The untrained base at guidance 3 scores 0.430: only diffusion_nft is shown to be above that." in said
 
 
-def noisy(root: Path, gains: dict[str, tuple[float, ...]]) -> Path:
+def noisy(root: Path, gains: Mapping[str, tuple[float, ...]]) -> Path:
     """Runs whose trained reward at the end is 0.3 plus a gain for each seed."""
     for method, by_seed in gains.items():
         for seed, gain in enumerate(by_seed):
@@ -140,13 +140,69 @@ def test_words_of_three_methods(tmp_path: Path) -> None:
 
 def test_single_runs_and_no_runs_give_no_verdict(tmp_path: Path) -> None:
     write_run(tmp_path / "one", grids=False)
-    assert only(tmp_path / "one").sentences[0] == (
-        "Trained on geneval: diffusion_nft: single runs have no interval, nothing can be told (n = 1, a preview)."
+    assert only(tmp_path / "one").sentences == (
+        "Trained on geneval: not decided: diffusion_nft has the highest mean, but one run has no interval: a preview.",
+        "The untrained base at guidance 3 scores 0.430: no method at guidance 1 is shown to be above that.",
     )
     write_run(tmp_path / "none", status="failed", until=0.3, grids=False)
     found = only(tmp_path / "none")
     assert found.sentences == ("Trained on geneval: no finished run, no verdict.",)
     assert found.table.groups[0].rows[-1].cells[-1] == Cell("0", "none finished", flag=True)
+
+
+def test_a_single_run_is_named_apart_and_spoils_nothing(tmp_path: Path) -> None:
+    gains = {
+        "diffusion_nft": (0.30, 0.31, 0.32, 0.33, 0.34),
+        "flow_grpo": (0.05, 0.06, 0.07, 0.08, 0.09),
+        "awm": (0.9,),
+    }
+    found = only(noisy(tmp_path, gains))
+    half = 2.7764451052 * math.sqrt(2.5e-4 / 5)
+    assert found.sentences == (
+        f"Trained on geneval: diffusion_nft (+0.320 ± {half:.3f}) and flow_grpo (+0.070 ± {half:.3f}) raise the "
+        "trained reward above the base (n = 5).",
+        "diffusion_nft ends above the other method, beyond the 95% interval of the difference.",
+        "Not in the choice, for single runs have no interval: awm.",
+        "The untrained base at guidance 3 scores 0.400: only diffusion_nft is shown to be above that.",
+    )
+    scores = {name: line(found.table, 0, name).cells for name in gains}
+    assert {name: cells[2].bold for name, cells in scores.items()} == {
+        "diffusion_nft": True, "flow_grpo": False, "awm": False,
+    }  # fmt: skip
+    assert scores["awm"][-1] == Cell("1", "preview, one seed")
+
+
+def test_a_single_run_is_no_reference_for_speed(tmp_path: Path) -> None:
+    for method, seeds in (("awm", 1), ("diffusion_nft", 3), ("flow_grpo", 3)):  # awm and flow_grpo miss the target
+        for seed in range(seeds):
+            write_run(tmp_path, method, seed=seed, grids=False)
+    table = only(tmp_path).table
+    place = [column.title for column in table.columns].index("Speed-up")
+    assert line(table, 0, "flow_grpo").cells[place] == Cell("slowest", "reference")
+    assert line(table, 0, "diffusion_nft").cells[place].bold
+
+
+def test_single_runs_of_several_methods_have_a_highest_mean_and_no_winner(tmp_path: Path) -> None:
+    first, *_ = only(noisy(tmp_path, {"diffusion_nft": (0.1,), "flow_grpo": (0.3,)})).sentences
+    assert first == (
+        "Trained on geneval: not decided: flow_grpo has the highest mean, but one run each has no interval: a preview."
+    )
+
+
+def test_different_budgets_decide_nothing(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "diffusion_nft", seed=seed, grids=False)
+        write_run(tmp_path, "flow_grpo", seed=seed, grids=False, run={"budget": {"flops": 1e13}})
+    found = only(tmp_path)
+    budgets = "10 TFLOP: flow_grpo; 20 TFLOP: diffusion_nft"
+    assert found.sentences[1] == (
+        f"Not decided: the budgets differ ({budgets}), so final scores are not matched and nothing is bold."
+    )
+    assert not any("ends above" in sentence for sentence in found.sentences)
+    assert not any(cell.bold for row in found.table.groups[0].rows for cell in row.cells)
+    assert found.table.notes == (
+        f"Runs trained on geneval had different budgets ({budgets}): their numbers are not matched.",
+    )
 
 
 def test_protocols_stand_apart(tmp_path: Path) -> None:
