@@ -1,7 +1,7 @@
 """``python experiments/reference/gains.py``: write what each method gained, as recorded, into the pages that say so."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from alignbench.report.data import Comparison, Study, load
@@ -9,8 +9,10 @@ from alignbench.report.tables import Entry, entries
 
 REFERENCE = Path(__file__).parent
 ROOT = REFERENCE.parent.parent
-PAGES = (ROOT / "README.md", REFERENCE / "README.md")
-BLOCK = re.compile(r"(?<=<!-- gains at guidance (\d) -->\n).+?(?=\n<!-- end of gains -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", REFERENCE / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
+BLOCK = re.compile(
+    r"<!-- gains at guidance (?P<guidance>\d)(?P<methods>( \w+)*) -->\n(?P<table>.+?)\n<!-- end of gains -->", re.DOTALL
+)
 NAMES = {
     "diffusion_nft": "DiffusionNFT",
     "flow_grpo": "Flow-GRPO",
@@ -30,16 +32,15 @@ METRICS = {  # column: decimals
 }
 
 
-def gains(study: Study, guidance: float) -> str:
+def gains(study: Study, guidance: float, methods: Collection[str] = tuple(NAMES)) -> str:
     """A table: the base as it is, then what each method adds at a guidance; ``**``: the interval excludes 0."""
     columns = ["trained on", "method", "seeds", *(title for title, _ in METRICS.values()), "drift"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [
-        _base(study.comparisons[0], scale) for scale in study.comparisons[0].runs[0].run["final_protocol"]["guidance"]
-    ]
+    scales = study.comparisons[0].runs[0].run["final_protocol"]["guidance"]
+    lines += [_base(study.comparisons[0], scale) for scale in scales]
     for reward in REWARDS:
         for comparison in (each for each in study.comparisons if each.reward == reward):
-            lines += _methods(comparison, guidance)
+            lines += _methods(comparison, guidance, methods)
     return "\n".join(lines)
 
 
@@ -56,9 +57,9 @@ def _base(comparison: Comparison, guidance: float) -> str:
     return f"| | base at guidance {guidance:g} | | {' | '.join(cells)} | |"
 
 
-def _methods(comparison: Comparison, guidance: float) -> Iterator[str]:
+def _methods(comparison: Comparison, guidance: float, methods: Collection[str]) -> Iterator[str]:
     key, found = _scored(comparison, guidance)
-    trained = [entry for entry in found if entry.label in NAMES]
+    trained = [entry for entry in found if entry.label in methods]
     for entry in sorted(trained, key=lambda entry: -entry.difference(key, "reward").mean):
         cells = [REWARDS[comparison.reward], NAMES[entry.label], str(len(entry.rows))]
         for metric, (_, decimals) in METRICS.items():
@@ -73,9 +74,13 @@ def _methods(comparison: Comparison, guidance: float) -> Iterator[str]:
 def main() -> None:
     """Rewrite the tables of all pages."""
     (study,) = load([ROOT / "results" / "reference"]).studies
+
+    def written(block: re.Match[str]) -> str:
+        methods = block["methods"].split() or list(NAMES)
+        return block[0].replace(block["table"], gains(study, float(block["guidance"]), methods))
+
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(BLOCK.sub(lambda block: gains(study, float(block[1])), text), encoding="utf-8")
+        page.write_text(BLOCK.sub(written, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
