@@ -197,7 +197,7 @@ def test_the_slider_changes_the_grids_of_every_method(page: webdriver.Chrome) ->
     assert slider.get_attribute("value") == slider.get_attribute("max")
     pictures = []
     for keys, share in (
-        ((Keys.HOME,), "0"), ((Keys.ARROW_RIGHT, Keys.ARROW_RIGHT), "30"), ((Keys.END,), "100"),
+        ((Keys.HOME,), "0"), ((Keys.ARROW_RIGHT, Keys.ARROW_RIGHT), "20"), ((Keys.END,), "100"),
         ((Keys.ARROW_LEFT,), "90"),
     ):  # fmt: skip
         slider.send_keys(*keys)
