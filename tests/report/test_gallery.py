@@ -38,8 +38,11 @@ def test_every_frame_says_what_it_shows(tmp_path: Path) -> None:
     assert first.caption == "base, guidance 1, GenEval 0.300, exact scene 0.200"
     assert first.alt == f"Grid of sampled images, diffusion_nft trained on geneval, seed 0: {first.caption}."
     assert (first.width, first.height, first.hard_pixels) == (136, 408, True)
-    content = base64.b64decode(first.source.removeprefix("data:image/png;base64,"))
-    assert Image.open(io.BytesIO(content)).size == (136, 408)
+    content = Image.open(io.BytesIO(base64.b64decode(first.source.removeprefix("data:image/webp;base64,"))))
+    assert (content.format, content.size) == ("WEBP", (136, 408))
+    file = sorted((only(tmp_path).folder / "images").iterdir())[0]
+    difference = np.asarray(content.convert("RGB"), float) - np.asarray(Image.open(file).convert("RGB"), float)
+    assert np.abs(difference).mean() < 4
 
 
 def with_prompts(folder: Path, named: dict[int, str]) -> None:
@@ -87,7 +90,7 @@ def test_a_large_grid_is_embedded_smaller() -> None:
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
     source, width, height = gallery.embed(buffer.getvalue())
-    assert source.startswith("data:image/jpeg;base64,")
+    assert source.startswith("data:image/webp;base64,")
     assert (width, height) == (1024, 768)
 
 
