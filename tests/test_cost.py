@@ -79,7 +79,7 @@ def test_the_plain_variant_is_plain(model: str) -> None:
     for variant, (checkpointing, compiled) in (
         ("plain", (False, False)), ("checkpointing", (True, False)), ("compile", (False, True)),
     ):  # fmt: skip
-        settings = configured(model).model.policy | cost.VARIANTS[variant]
+        settings = dict(configured(model).model.policy) | cost.VARIANTS[variant]
         assert (settings["gradient_checkpointing"], settings["compile"]) == (checkpointing, compiled)
 
 
