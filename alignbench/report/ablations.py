@@ -1,7 +1,7 @@
 """`python -m alignbench.report.ablations ablations.yaml`: what each part of a method is worth, or that it was not run.
 
-An ablation is a method with a few settings changed. It is compared with the runs of the same method, reward and
-experiment that differ from it in those settings and the seed alone.
+An ablation is a method with a few settings changed. Its runs, whatever the names of their experiment and method, are
+compared with the runs of the whole method that differ from them in those settings and the seed alone.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from alignbench.report.tables import title_of
 
 class BadAblations(AlignbenchError):
     """The file of ablations cannot be used."""
+
+
+NOT_SETTINGS = {"seed", "name", "method.name", "method.tuned"}
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,16 @@ def read(path: Path) -> tuple[str, list[Ablation]]:
 
 def compared(records: Records, experiment: str, ablation: Ablation) -> tuple[list[TrainingRun], list[TrainingRun]]:
     """The finished runs of the whole method, and those without the part, that differ in nothing else but the seed."""
-    runs = [
-        run
-        for run in records.runs
-        if (run.experiment, run.method, run.reward) == (experiment, ablation.method, ablation.reward) and run.finished
-    ]
-    whole = [run for run in runs if not run.variant]
-    wanted = set(ablation.settings) | {"seed"}
+    runs = [run for run in records.runs if run.reward == ablation.reward and run.finished]
+    whole = [run for run in runs if (run.experiment, run.method, run.variant) == (experiment, ablation.method, "")]
+    changed = set(ablation.settings)
     without = [
         run
         for run in runs
         if whole
         and all(run.config.get(key) == value for key, value in ablation.settings.items())
-        and _differing(run, whole[0]) <= wanted
-        and run.variant
+        and changed & _differing(run, whole[0])
+        and _differing(run, whole[0]) <= changed | NOT_SETTINGS
     ]
     return whole, without
 

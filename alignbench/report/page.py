@@ -174,8 +174,11 @@ def _curves(
             notes = [f"{len(parts)} protocols were used in {study.experiment}: their curves stand apart."] * (
                 len(parts) > 1
             )
-            if not comparable:
-                notes.append("No figure in seconds: these runs did not share one hardware, thread and process count.")
+            notes.append(
+                tables.OTHER_WORK
+                if comparable
+                else "No figure in seconds: these runs did not share one hardware, thread and process count."
+            )
             notes += tables.budget_note(part)
             title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
             protocol = tables.protocol_title(records.protocols, key)

@@ -624,6 +624,7 @@ COSTS = (
 )  # fmt: skip
 COST_PHASES = ("rollout", "training", "evaluation")
 CLOCKS = ("rollout", "reward", "training", "evaluation", "total")
+OTHER_WORK = "Seconds are the wall clock's: other work on the machine lengthens them, and is not recorded."
 
 
 def same_hardware(runs: Iterable[TrainingRun]) -> bool:
@@ -665,9 +666,9 @@ def cost(study: Study) -> Table:
     columns += [Column("FLOP", phase) for phase in COST_PHASES]
     columns += [Column("Seconds", "method's clock" if clock == "total" else clock) for clock in CLOCKS if comparable]
     columns += [Column("Peak memory", "MB"), Column("Runs")]
-    note = "Seconds of reward calls are part of the phase that made them."
+    about = ["Seconds of reward calls are part of the phase that made them.", OTHER_WORK]
     if not comparable:
-        note = "Seconds are left out: these runs did not share one hardware, thread and process count."
-    notes = (note, *budget_note(study))
+        about = ["Seconds are left out: these runs did not share one hardware, thread and process count."]
+    notes = (*about, *budget_note(study))
     title = f"{study.experiment}, {study.model}: mean cost of a run"
     return Table(slug("cost", study.experiment, study.model), title, tuple(columns), tuple(groups), notes, tuple(tidy))

@@ -30,6 +30,19 @@ def test_only_runs_that_differ_in_the_part_and_the_seed_are_compared(tmp_path: P
     assert {run.variant for run in without} == {"part=False"}
 
 
+def test_the_same_settings_count_under_any_name(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, "sdpo", seed=seed, config={"part": True, "method": {"name": "sdpo", "tuned": True}})
+        named = {"part": False, "method": {"name": "dmpo", "tuned": False}}
+        write_run(tmp_path, "dmpo", seed=seed, config=named, experiment="parts")
+    write_run(tmp_path, "dpo", seed=0, config={"part": False, "method": {"name": "dpo", "tuned": False, "beta": 2}})
+    _, without = ablations.compared(load([tmp_path]), "first", Ablation("sdpo", "geneval", "the part", {"part": False}))
+    assert [(run.experiment, run.method, run.seed) for run in without] == [("parts", "dmpo", 0), ("parts", "dmpo", 1)]
+    untuned = Ablation("dmpo", "geneval", "nothing", {"part": True})
+    whole, without = ablations.compared(load([tmp_path]), "parts", untuned)
+    assert ([run.seed for run in whole], [run.method for run in without]) == ([0, 1], ["sdpo", "sdpo"])
+
+
 def test_the_difference_is_paired_by_seed(tmp_path: Path) -> None:
     whole, without = ablations.compared(load([records(tmp_path)]), "first", PART)
     same = ablations.difference(whole, without, "geneval")

@@ -272,6 +272,7 @@ def test_cost_is_the_mean_of_finished_runs(compared: Path) -> None:
     assert cells["Seconds", "rollout"].text == "240"
     assert cells["Seconds", "method's clock"].text == "420"
     assert cells["Peak memory", "MB"].text == "910"
+    assert tables.OTHER_WORK in table.notes
 
 
 def test_seconds_of_different_hardware_are_left_out(tmp_path: Path) -> None:
@@ -280,6 +281,7 @@ def test_seconds_of_different_hardware_are_left_out(tmp_path: Path) -> None:
     table = tables.cost(load([tmp_path]).studies[0])
     assert not any(column.title == "Seconds" for column in table.columns)
     assert any("did not share one hardware" in note for note in table.notes)
+    assert tables.OTHER_WORK not in table.notes
 
 
 def differing(root: Path) -> dict[str, list[str]]:
