@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from alignbench.report import ablations
+from alignbench.report.data import load
+
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "reference" / "shapes"
 TITLES = {"exact scene": "exact_scene", "PickScore": "pickscore", "GenEval": "geneval", "second judge": "judge"}
@@ -72,6 +75,18 @@ def test_every_number_of_a_table_is_that_of_the_records(page: Path) -> None:
         asked = block["methods"].split() or METHODS.values()
         expected += sum(folder.name in asked for folder in RUNS.glob("*/*"))
     assert checked == len(GAINS.METRICS) * expected
+
+
+def test_the_tables_are_those_of_the_report() -> None:
+    written = GAINS.TABLES.read_text(encoding="utf-8")
+    assert written == GAINS.page(load([ROOT / "results" / "reference"])), "run python experiments/reference/gains.py"
+
+
+def test_the_ablations_are_those_of_the_records() -> None:
+    listed = ROOT / "experiments" / "ablations" / "ablations.yaml"
+    table = ablations.page(load([ROOT / "results"]), *ablations.read(listed))
+    written = listed.with_suffix(".md").read_text(encoding="utf-8")
+    assert written.endswith(f"\n{table}"), f"run python -m alignbench.report.ablations {listed.relative_to(ROOT)}"
 
 
 def test_the_base_is_the_one_of_every_run() -> None:

@@ -1,15 +1,27 @@
-"""``python experiments/reference/gains.py``: write what each method gained, as recorded, into the pages that say so."""
+"""``python experiments/reference/gains.py``: write what each method gained, as recorded, into the pages that say so.
+
+The report's tables go into tables.md.
+"""
 
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from alignbench.report.data import Comparison, Study, load
+from alignbench.report import across, claims, matched, tables, verdict
+from alignbench.report.answer import answer
+from alignbench.report.data import UNTUNED, Comparison, Records, Study, load
 from alignbench.report.tables import Entry, entries
 
 REFERENCE = Path(__file__).parent
 ROOT = REFERENCE.parent.parent
 PAGES = (ROOT / "README.md", REFERENCE / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
+TABLES = REFERENCE / "tables.md"
+HEAD = """# Tables of the reference benchmark
+
+Written by `python experiments/reference/gains.py`. They are those of the page that
+`python -m alignbench.report results/reference --output build/reference` draws; beside it lie the same tables as CSV and
+LaTeX, and every evaluation. Methods have the names of their configurations.
+"""
 BLOCK = re.compile(
     r"<!-- gains at guidance (?P<guidance>\d)(?P<methods>( \w+)*) -->\n(?P<table>.+?)\n<!-- end of gains -->", re.DOTALL
 )
@@ -21,6 +33,9 @@ NAMES = {
     "srpo": "SRPO",
     "rwr": "RWR",
     "best_of_n": "best-of-n",
+    "dmpo": "DMPO (untuned)",
+    "dpo": "Diffusion-DPO (untuned)",
+    "direct_align": "Direct-Align (untuned)",
 }
 REWARDS = {"geneval": "GenEval", "exact_scene": "exact scene", "pickscore": "PickScore"}
 METRICS = {  # column: decimals
@@ -59,9 +74,9 @@ def _base(comparison: Comparison, guidance: float) -> str:
 
 def _methods(comparison: Comparison, guidance: float, methods: Collection[str]) -> Iterator[str]:
     key, found = _scored(comparison, guidance)
-    trained = [entry for entry in found if entry.label in methods]
-    for entry in sorted(trained, key=lambda entry: -entry.difference(key, "reward").mean):
-        cells = [REWARDS[comparison.reward], NAMES[entry.label], str(len(entry.rows))]
+    trained = {name: entry for entry in found if (name := entry.label.removesuffix(UNTUNED)) in methods}
+    for name, entry in sorted(trained.items(), key=lambda item: -item[1].difference(key, "reward").mean):
+        cells = [REWARDS[comparison.reward], NAMES[name], str(len(entry.rows))]
         for metric, (_, decimals) in METRICS.items():
             change = entry.difference(key, metric)
             text = f"{change.mean:+.{decimals}f}"
@@ -71,16 +86,37 @@ def _methods(comparison: Comparison, guidance: float, methods: Collection[str]) 
         yield f"| {' | '.join([*cells, f'{sum(drift) / len(drift):.2g}'])} |"
 
 
+def page(records: Records) -> str:
+    """The report's tables, from the answer to the claims, as one document."""
+    (study,), protocols = records.studies, records.protocols
+    opening = answer(records)
+    assert opening is not None
+    found = [
+        opening.table,
+        *(each.table for each in verdict.verdicts(study, protocols)),
+        *tables.headline(study, protocols),
+        across.pairs(study),
+        across.methods(study),
+        *matched.matched(study, protocols),
+        *tables.efficiency(study, protocols),
+        *tables.geneval(study, protocols),
+        claims.table(claims.findings(records, claims.read(ROOT / "experiments" / "claims"))),
+    ]
+    return "\n".join([HEAD, *(re.sub("^### ", "## ", tables.markdown(table)) for table in found)])
+
+
 def main() -> None:
     """Rewrite the tables of all pages."""
-    (study,) = load([ROOT / "results" / "reference"]).studies
+    records = load([ROOT / "results" / "reference"])
+    (study,) = records.studies
 
     def written(block: re.Match[str]) -> str:
         methods = block["methods"].split() or list(NAMES)
         return block[0].replace(block["table"], gains(study, float(block["guidance"]), methods))
 
-    for page in PAGES:
-        page.write_text(BLOCK.sub(written, page.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in PAGES:
+        document.write_text(BLOCK.sub(written, document.read_text(encoding="utf-8")), encoding="utf-8")
+    TABLES.write_text(page(records), encoding="utf-8")
 
 
 if __name__ == "__main__":
