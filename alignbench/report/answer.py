@@ -6,12 +6,13 @@ bold type say only what an interval supports, as in the verdict on all compariso
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any
 
 import numpy as np
 
 from alignbench.report.data import Comparison, Records, Study, TrainingRun
-from alignbench.report.matched import changes
+from alignbench.report.matched import changes, used_at
 from alignbench.report.statistics import Interval, t_interval
 from alignbench.report.tables import (
     DASH,
@@ -170,6 +171,17 @@ def _choice(comparison: Comparison, methods: Sequence[Contender], metric: str) -
     return said + left_out
 
 
+def _used(comparison: Comparison) -> list[str]:
+    """What the checkpoints behind the shares of the budget had used."""
+    said = []
+    for share in SHARES:
+        used = [value for label in comparison.labels if not isnan(value := used_at(comparison.of(label), share))]
+        if used:
+            low, high = f"{min(used):.0%}", f"{max(used):.0%}"
+            said.append(f"{low if low == high else f'{low} to {high}'} at {share:.0%}")
+    return [f"Used by the checkpoints at a share of the budget: {', '.join(said)}."] if said else []
+
+
 def _table(
     study: Study,
     comparison: Comparison,
@@ -209,7 +221,7 @@ def _table(
     )  # fmt: skip
     during = " and ".join(sorted({protocol_title(protocols, run.curve_hash) for run in comparison.runs}))
     under = f"Final: protocol {protocol_title(protocols, key)}. Shares of the budget: protocol {during}."
-    notes = (under, *budget_note(replace(study, comparisons=(comparison,))))
+    notes = (under, *_used(comparison), *budget_note(replace(study, comparisons=(comparison,))))
     title = f"{study.experiment}, {study.model}: trained on {comparison.reward}"
     groups = (Group("", tuple(rows)),)
     return Table(slug("answer", study.experiment, study.model), title, columns, groups, notes, tuple(tidy))

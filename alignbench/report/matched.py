@@ -1,4 +1,4 @@
-"""Scores at matched budgets: at a quarter, half and all of it, the last checkpoint at or before, never the best."""
+"""Scores at matched budgets: the last checkpoint at a quarter, half and all of it, never the best."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from alignbench.report.data import TRAINED, Comparison, Evaluation, Study, TrainingRun
-from alignbench.report.statistics import Interval, last_at, paired_difference, t_interval
+from alignbench.report.statistics import Interval, paired_difference, t_interval
 from alignbench.report.tables import (
     DASH,
     MINUS,
@@ -33,21 +33,26 @@ SHARES = (0.25, 0.5, 1.0)
 
 
 def checkpoint(run: TrainingRun, share: float) -> Evaluation | None:
-    """The last evaluation of trained weights at or before a share of the budget, at the curves' guidance.
+    """The last evaluation of trained weights at a share of the budget, at the curves' guidance.
 
-    The whole budget includes the iteration that used it up: it ends a little later.
+    As with the whole budget, the iteration that used the share up counts, and ends a little later: what a run evaluates
+    at a share, it evaluates after that iteration. Those of a run are taken to cost the same.
     """
-    rows = run.select(run.curve_hash, TRAINED, run.curve_guidance)
-    if not rows or not run.finished:
-        return None
-    place = len(rows) - 1 if share >= 1 else last_at([row.fraction for row in rows], share)
-    return None if place is None else rows[place]
+    rows = run.select(run.curve_hash, TRAINED, run.curve_guidance) if run.finished else []
+    begun = [row for row in rows if share >= 1 or row.fraction * (1 - 1 / max(1, row.iteration)) < share]
+    return begun[-1] if begun else None
 
 
 def _pairs(runs: Sequence[TrainingRun], share: float) -> list[tuple[Evaluation, Evaluation]]:
-    """(base, last checkpoint at or before a share of the budget) of every finished run that has both."""
+    """(base, last checkpoint at a share of the budget) of every finished run that has both."""
     found = [(run.base(run.curve_hash, run.curve_guidance), checkpoint(run, share)) for run in runs]
     return [(base, row) for base, row in found if base is not None and row is not None]
+
+
+def used_at(runs: Sequence[TrainingRun], share: float) -> float:
+    """The share of the budget that the checkpoints at a share had used, mean over runs; NaN without such runs."""
+    fractions = [row.fraction for _, row in _pairs(runs, share)]
+    return float(np.mean(fractions)) if fractions else math.nan
 
 
 def changes(runs: Sequence[TrainingRun], share: float, metric: str) -> Interval:
@@ -72,7 +77,7 @@ def matched(study: Study, protocols: Mapping[str, Mapping[str, Any]]) -> list[Ta
                     where = {"experiment": study.experiment, "model": study.model, "trained_on": comparison.reward}
                     tidy.append(where | {"protocol_hash": key} | record)
             groups.append(Group(f"trained on {comparison.reward}", tuple(rows)))
-        columns = [Column("Method", numeric=False), Column("Budget", "at or before"), Column("Used", "mean over runs")]
+        columns = [Column("Method", numeric=False), Column("Budget"), Column("Used", "mean over runs")]
         for metric in metrics:
             columns += [Column(title_of(metric)), Column(f"{MINUS} base", title_of(metric))]
         title = (
@@ -94,8 +99,7 @@ def _base(comparison: Comparison, metrics: Sequence[str]) -> Row:
 
 
 def _row(runs: Sequence[TrainingRun], label: str, share: float, metrics: Sequence[str]) -> tuple[Row, dict[str, Any]]:
-    pairs = _pairs(runs, share)
-    used = float(np.mean([row.fraction for _, row in pairs])) if pairs else math.nan
+    pairs, used = _pairs(runs, share), used_at(runs, share)
     record: dict[str, Any] = {"method": label, "budget_share": share, "used": used, "n": len(pairs)}
     cells = [Cell(label), Cell(f"{share:.0%}"), Cell(DASH if math.isnan(used) else f"{used:.0%}")]
     for metric in metrics:

@@ -357,12 +357,6 @@ def performance_profile(times: ArrayLike, factors: ArrayLike) -> Array:
     return np.asarray((within & np.isfinite(found)[:, :, None]).mean(axis=1))
 
 
-def last_at(fractions: ArrayLike, limit: float) -> int | None:
-    """Position of the last evaluation at or before a share of the budget (fractions ascending), None where none is."""
-    inside = np.flatnonzero(np.asarray(fractions, dtype=np.float64) <= limit)
-    return int(inside[-1]) if len(inside) else None
-
-
 class PromptBootstrap:
     """Resamples the prompts of one run, within tags, where the score is the unweighted mean over tags.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alignbench.report import across, claims, matched, tables, verdict
 from alignbench.report.answer import answer
-from alignbench.report.data import UNTUNED, Comparison, Records, Study, load
+from alignbench.report.data import UNTUNED, Comparison, Records, load
 from alignbench.report.tables import Entry, entries
 
 REFERENCE = Path(__file__).parent
@@ -47,8 +47,9 @@ METRICS = {  # column: decimals
 }
 
 
-def gains(study: Study, guidance: float, methods: Collection[str] = tuple(NAMES)) -> str:
+def gains(records: Records, guidance: float, methods: Collection[str]) -> str:
     """A table: the base as it is, then what each method adds at a guidance; ``**``: the interval excludes 0."""
+    (study,), protocols = records.studies, records.protocols
     columns = ["trained on", "method", "seeds", *(title for title, _ in METRICS.values()), "drift"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     scales = study.comparisons[0].runs[0].run["final_protocol"]["guidance"]
@@ -56,7 +57,8 @@ def gains(study: Study, guidance: float, methods: Collection[str] = tuple(NAMES)
     for reward in REWARDS:
         for comparison in (each for each in study.comparisons if each.reward == reward):
             lines += _methods(comparison, guidance, methods)
-    return "\n".join(lines)
+    (key,) = {run.final_hash for run in study.runs}
+    return "\n".join([*lines, "", f"Protocol {tables.protocol_title(protocols, key)}, guidance {guidance:g}."])
 
 
 def _scored(comparison: Comparison, guidance: float) -> tuple[str, list[Entry]]:
@@ -76,7 +78,12 @@ def _methods(comparison: Comparison, guidance: float, methods: Collection[str]) 
     key, found = _scored(comparison, guidance)
     trained = {name: entry for entry in found if (name := entry.label.removesuffix(UNTUNED)) in methods}
     for name, entry in sorted(trained.items(), key=lambda item: -item[1].difference(key, "reward").mean):
-        cells = [REWARDS[comparison.reward], NAMES[name], str(len(entry.rows))]
+        seeds = len(entry.rows)
+        cells = [
+            REWARDS[comparison.reward],
+            NAMES[name],
+            f"{seeds} (preview)" if seeds < tables.CLAIM_RUNS else f"{seeds}",
+        ]
         for metric, (_, decimals) in METRICS.items():
             change = entry.difference(key, metric)
             text = f"{change.mean:+.{decimals}f}"
@@ -108,11 +115,10 @@ def page(records: Records) -> str:
 def main() -> None:
     """Rewrite the tables of all pages."""
     records = load([ROOT / "results" / "reference"])
-    (study,) = records.studies
 
     def written(block: re.Match[str]) -> str:
         methods = block["methods"].split() or list(NAMES)
-        return block[0].replace(block["table"], gains(study, float(block["guidance"]), methods))
+        return block[0].replace(block["table"], gains(records, float(block["guidance"]), methods))
 
     for document in PAGES:
         document.write_text(BLOCK.sub(written, document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -155,6 +155,7 @@ def test_different_budgets_decide_nothing(tmp_path: Path) -> None:
     assert not any("above the other" in sentence or "breaks" in sentence for sentence in found.sentences)
     assert not any(cell.bold for row in found.table.groups[0].rows for cell in row.cells)
     assert found.table.notes[1:] == (
+        "Used by the checkpoints at a share of the budget: 20% at 25%, 50% at 50%.",
         f"Runs trained on geneval had different budgets ({budgets}): their numbers are not matched.",
     )
 

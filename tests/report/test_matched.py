@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -11,13 +12,31 @@ from tests.report.synthetic import write_comparison, write_run
 HALF = 4.3026527297 * 0.01 / math.sqrt(3)
 
 
-def test_the_checkpoint_is_the_last_at_or_before_never_the_best(tmp_path: Path) -> None:
+def test_the_checkpoint_is_the_last_at_the_share_never_the_best(tmp_path: Path) -> None:
     write_run(tmp_path, grids=False)
     (run,) = load([tmp_path]).runs
     found = {share: matched.checkpoint(run, share) for share in (0.01, 0.25, 0.5, 1.0)}
     assert found[0.01] is None
     assert [row.fraction for row in found.values() if row] == [0.2, 0.5, 1.0]  # evaluated at 0.2 and 0.3
     assert {(row.protocol_hash, row.weights) for row in found.values() if row} == {(run.curve_hash, TRAINED)}
+
+
+def test_the_iteration_that_uses_up_a_share_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, grids=False)
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["fraction"] == 0.5:
+            row |= {"fraction": 0.53, "iteration": 10}  # iterations of 5.3%: the tenth began at 47.7%
+        elif row["fraction"] == 0.3:
+            row["iteration"] = 5  # the fifth began at 24%
+        elif row["fraction"] == 1.0:
+            row |= {"fraction": 1.03, "iteration": 100}  # the last was a large one
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = load([tmp_path]).runs
+    found = {share: matched.checkpoint(run, share) for share in (0.23, 0.25, 0.47, 0.5, 1.0)}
+    expected = {0.23: 0.2, 0.25: 0.3, 0.47: 0.4, 0.5: 0.53, 1.0: 1.03}
+    assert {share: row.fraction for share, row in found.items() if row} == expected
+    assert matched.used_at([run], 0.5) == 0.53
 
 
 def test_an_unfinished_run_has_no_matched_score(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from alignbench.report.statistics import (
     improvement,
     interpolate,
     interquartile_mean,
-    last_at,
     mean_of_tasks,
     mean_over_budget,
     paired_difference,
@@ -439,12 +438,6 @@ def test_performance_profile_by_hand() -> None:
     times = [[1.0, 4.0, math.inf, 3.0], [2.0, 2.0, math.inf, math.inf]]
     found = performance_profile(times, [1.0, 2.0, 10.0])
     np.testing.assert_allclose(found, [[0.5, 0.75, 0.75], [0.25, 0.5, 0.5]])
-
-
-def test_the_last_checkpoint_at_or_before() -> None:
-    fractions = [0.0, 0.1, 0.25, 0.5]
-    assert [last_at(fractions, limit) for limit in (0.24, 0.25, 0.9)] == [1, 2, 3]
-    assert last_at([0.3], 0.2) is None
 
 
 def test_the_prompt_bootstrap_keeps_tags_and_weighs_images() -> None:
