@@ -16,6 +16,7 @@ from alignbench.report.matched import changes, used_at
 from alignbench.report.statistics import Interval, t_interval
 from alignbench.report.tables import (
     DASH,
+    GENEVAL,
     HELD_OUT,
     MINUS,
     Cell,
@@ -55,7 +56,7 @@ from alignbench.report.verdict import (
     undecided,
 )
 
-BREAKS_BY_FALLING = (*HELD_OUT, "diversity")
+BREAKS_BY_FALLING = (*HELD_OUT, "diversity")  # and the tags of GenEval
 BREAKS_BY_RISING = ("invalid_share",)
 SHARES = (0.25, 0.5)  # of the budget, beside the whole of it
 
@@ -73,11 +74,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contender:
-    """A method's final scores: how far the metric of the task moved, and what got worse beyond the interval."""
+    """A method's final scores: how far the metric of the task moved, and what got worse beyond the interval.
+
+    `broken` has (metric, interval) by guidance, that of the curves first.
+    """
 
     entry: Entry
     change: Interval
-    broken: tuple[tuple[str, Interval], ...]
+    broken: Mapping[float, Sequence[tuple[str, Interval]]]
 
     @property
     def label(self) -> str:
@@ -120,7 +124,7 @@ def answer(records: Records) -> Answer | None:
     metric = target[0] if target and any(target[0] in run.recorded for run in comparison.runs) else "reward"
     scale = min(run.curve_guidance for run in comparison.runs)
     scored = [entry for entry in entries(comparison, key) if entry.values(metric)]
-    methods = [_contender(entry, key, metric) for entry in scored if entry.label and entry.guidance == scale]
+    methods = [_contender(entry, scored, key, metric) for entry in scored if entry.label and entry.guidance == scale]
     methods.sort(key=lambda each: -float(np.mean(each.entry.values(metric))))
     budget = budget_text(comparison.runs)
     name = title_of(metric) if metric != "reward" else comparison.reward
@@ -130,18 +134,27 @@ def answer(records: Records) -> Answer | None:
     return Answer(question, said, table, comparison, metric)
 
 
-def _contender(entry: Entry, key: str, metric: str) -> Contender:
-    worse = []
-    for other in (*BREAKS_BY_FALLING, *BREAKS_BY_RISING):
-        moved = entry.difference(key, other)
-        aim = other == metric or is_trained(entry.comparison, other)
-        if not aim and (moved.above(0) if other in BREAKS_BY_RISING else moved.below(0)):
-            worse.append((other, moved))
-    return Contender(entry, entry.difference(key, metric), tuple(worse))
+def _contender(entry: Entry, scored: Sequence[Entry], key: str, metric: str) -> Contender:
+    recorded = {name for row in entry.rows for name in row.metrics}
+    tags = sorted(name for name in recorded if name.startswith(tuple(f"{score}/" for score in GENEVAL)))
+    worse: dict[float, list[tuple[str, Interval]]] = {entry.guidance: []}
+    for each in (each for each in scored if each.label == entry.label):
+        for other in (*BREAKS_BY_FALLING, *tags, *BREAKS_BY_RISING):
+            moved = each.difference(key, other)
+            aim = each is entry and (other == metric or is_trained(entry.comparison, other))
+            if not aim and (moved.above(0) if other in BREAKS_BY_RISING else moved.below(0)):
+                worse.setdefault(each.guidance, []).append((other, moved))
+    return Contender(entry, entry.difference(key, metric), worse)
 
 
 def _broken(method: Contender) -> str:
-    return ", ".join(f"{title_of(metric).lower()} {signed(moved)}" for metric, moved in method.broken)
+    """What got worse, in words, guidance by guidance; empty if nothing is shown to."""
+    said = []
+    for guidance, worse in method.broken.items():
+        named = ", ".join(f"{title_of(metric).lower()} {signed(moved)}" for metric, moved in worse)
+        where = "" if guidance == method.entry.guidance else f"at guidance {guidance:g} "
+        said += [f"{where}{named}"] if named else []
+    return "; ".join(said)
 
 
 def _choice(comparison: Comparison, methods: Sequence[Contender], metric: str) -> list[str]:
@@ -199,17 +212,17 @@ def _table(
         rows.append(Row(tuple(cells), base=True))
     tidy: list[dict[str, Any]] = []
     for each in methods:
-        entry, score = each.entry, t_interval(each.entry.values(metric))
+        entry, score, harm = each.entry, t_interval(each.entry.values(metric)), _broken(each)
         cells = [Cell(each.label), score_cell(entry, metric, bold=best(entry, scored, metric))]
         cells.append(difference_cell(each.change))
         record: dict[str, Any] = {"trained_on": comparison.reward, "method": each.label, "protocol_hash": key}
         record |= {"metric": metric, "n": score.n, "mean": score.mean, "low": score.low, "high": score.high}
-        record |= {"difference": each.change.mean, "broken": _broken(each)}
+        record |= {"difference": each.change.mean, "broken": harm}
         for share in SHARES:
             moved = changes(entry.runs, share, metric)
             cells.append(difference_cell(moved))
             record[f"difference_at_{share:g}"] = moved.mean
-        broken = Cell(_broken(each), flag=True) if each.broken else Cell("nothing shown" if score.n > 1 else DASH)
+        broken = Cell(harm, flag=True) if harm else Cell("nothing shown" if score.n > 1 else DASH)
         rows.append(Row((*cells, broken, score_cell(entry, "drift"), runs_cell(score.n)), each.label))
         tidy.append(record | {"drift": t_interval(entry.values("drift")).mean})
     if len(budgets(comparison.runs)) > 1:

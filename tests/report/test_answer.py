@@ -37,7 +37,8 @@ def test_the_words_name_the_method_its_gain_and_what_it_breaks(compared: Path) -
         f"diffusion_nft: it ends at 0.550, +0.250 ± {HALF:.3f} from the base, above the other method beyond the 95% "
         "interval (n = 3 runs a method, a preview)."
     )
-    assert broken == f"What diffusion_nft breaks: exact scene {MINUS}0.120 ± {HALF:.3f}."
+    guided_too = f"at guidance 3 exact scene {MINUS}0.240 ± {HALF:.3f}"  # less of the 0.15 that guidance brings
+    assert broken == f"What diffusion_nft breaks: exact scene {MINUS}0.120 ± {HALF:.3f}; {guided_too}."
     assert guided.endswith("only diffusion_nft is shown to be above that.")  # 0.525 to 0.575 against 0.450
 
 
@@ -53,7 +54,23 @@ def test_the_table_has_the_base_first_then_methods_by_their_mean(compared: Path)
     assert (drift.text, drift.detail) == ("0.020", "± 0.000")
     assert group.rows[0].cells[6].text == "0.000"
     assert runs.detail == "preview"
-    assert group.rows[3].cells[5].text == "nothing shown"  # exact scene -0.020 ± 0.025
+    assert group.rows[3].cells[5].text == f"at guidance 3 exact scene {MINUS}0.140 ± {HALF:.3f}"  # at 1: -0.020 ± 0.025
+
+
+def test_what_breaks_has_tags_and_the_task_itself_at_other_guidances(tmp_path: Path) -> None:
+    for seed in range(3):
+        folder = write_run(tmp_path, "flow_grpo", seed=seed, grids=False)
+        rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        for row in (row for row in rows if row["weights"] != "base"):
+            row["metrics"]["geneval/counting"] = 0.2 + 0.01 * seed  # of 0.30 at guidance 1, 0.45 at 3
+            row["metrics"]["geneval"] -= 0.05
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = (row for row in asked(tmp_path).table.groups[0].rows if row.label)
+    at_one, at_three = row.cells[5].text.split("; at guidance 3 ")
+    assert at_one.startswith(f"counting {MINUS}0.")
+    assert [part.split(f" {MINUS}")[0] for part in at_three.split(", ")] == [
+        "exact scene", "geneval (official)", "counting",
+    ]  # fmt: skip
 
 
 def test_methods_that_cannot_be_told_apart_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
