@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_the_ablations_are_those_of_the_records() -> None:
     table = ablations.page(load([ROOT / "results"]), *ablations.read(listed))
     written = listed.with_suffix(".md").read_text(encoding="utf-8")
     assert written.endswith(f"\n{table}"), f"run python -m alignbench.report.ablations {listed.relative_to(ROOT)}"
+
+
+def test_a_number_is_found_in_the_files_as_documented(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "records.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    (row,) = (
+        cells
+        for guidance, cells in rows(ROOT / "experiments" / "reference" / "README.md")
+        if (guidance, cells["trained on"], cells["method"]) == (1, "GenEval", "DiffusionNFT")
+    )
+    printed = capsys.readouterr().out.strip()
+    assert code.rstrip().endswith(f"# {printed}")
+    assert row["GenEval"].startswith(f"**{printed} ")
 
 
 def test_the_base_is_the_one_of_every_run() -> None:

@@ -36,6 +36,8 @@ NAMES = {
     "dmpo": "DMPO (untuned)",
     "dpo": "Diffusion-DPO (untuned)",
     "direct_align": "Direct-Align (untuned)",
+    "refl": "ReFL (untuned)",
+    "draft": "DRaFT (untuned)",
 }
 REWARDS = {"geneval": "GenEval", "exact_scene": "exact scene", "pickscore": "PickScore"}
 METRICS = {  # column: decimals
