@@ -116,5 +116,5 @@ def test_the_base_is_the_one_of_every_run() -> None:
             _, base = scores(record.parent, guidance)
             expected = [f"{base[metric]:.{decimals}f}" for metric, (_, decimals) in GAINS.METRICS.items()]
             assert cells[3:-1] == expected
-    assert len(PAGES) == 8
+    assert len(PAGES) == 9
     assert len(shown) >= 2 * len(PAGES)
