@@ -28,7 +28,15 @@ LIGHT = ("#0072b2", "#d55e00", "#08a46f", "#520753", "#5e3f02", "#02048e", "#dd1
 DARK = ("#56b4e9", "#ff9248", "#a2ebd5", "#c02998", "#f8e5a6", "#896cfb", "#fc6b89")
 INK, MUTED, LINE, BASE = "#1b1f25", "#59616b", "#d5d9df", "#6e7680"  # each replaced by a CSS variable on the page
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-KNOWN = ("diffusion_nft", "flow_grpo", "tempflow_grpo")  # keep their colours from report to report
+KNOWN = (
+    "diffusion_nft",
+    "flow_grpo",
+    "tempflow_grpo",
+    "best_of_n",
+    "rwr",
+    "sdpo",
+    "srpo",
+)  # keep theirs in every report
 
 STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "svg.fonttype": "none",  # text stays text: selectable, in the page's font and colour
@@ -65,13 +73,13 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
     With more than seven labels colours repeat, with other markers.
     """
     slots = {label: KNOWN.index(name) for label in labels if (name := label.removesuffix(UNTUNED)) in KNOWN}
-    free = [slot for slot in range(len(LIGHT)) if slot not in slots.values()] or [0]
+    free = [slot for slot in range(len(LIGHT)) if slot not in slots.values()]
     others = sorted(label for label in labels if label not in slots)
     styled = {label: Style(slot, MARKERS[slot]) for label, slot in slots.items()}
-    for index, label in enumerate(others):
-        turn, place = divmod(index, len(free))
-        slot = free[place]
-        styled[label] = Style(slot, MARKERS[(slot + 3 * turn) % len(MARKERS)])
+    styled |= {label: Style(slot, MARKERS[slot]) for label, slot in zip(others, free, strict=False)}
+    for index, label in enumerate(others[len(free) :]):
+        turn, slot = divmod(index, len(LIGHT))
+        styled[label] = Style(slot, MARKERS[(slot + 3 * (turn + 1)) % len(MARKERS)])
     return styled
 
 

@@ -1,11 +1,14 @@
 """``python experiments/reference/gains.py``: write what each method gained, as recorded, into the pages that say so.
 
-The report's tables go into tables.md.
+The report's tables go into tables.md, pictures of what PickScore does to the samples into samples.png.
 """
 
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from alignbench.report import across, claims, matched, tables, verdict
 from alignbench.report.answer import answer
@@ -114,6 +117,19 @@ def page(records: Records) -> str:
     return "\n".join([HEAD, *(re.sub("^### ", "## ", tables.markdown(table)) for table in found)])
 
 
+def samples(results: Path) -> Figure:
+    """Final samples at guidance 1 of seed 0 trained on PickScore, the same prompts and noises, beside the base's."""
+    columns = {"base": ("srpo", "0001_final_base_g1")}
+    columns |= {NAMES[name]: (name, "0014_final_evaluation_g1") for name in ("srpo", "sdpo", "direct_align")}
+    figure = Figure(figsize=(7.6, 6.2), layout="constrained")
+    for axes, (title, (method, picture)) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+        with Image.open(results / "shapes" / "pickscore" / method / "seed0" / "images" / f"{picture}.png") as image:
+            axes.imshow(image.convert("RGB"), interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    return figure
+
+
 def main() -> None:
     """Rewrite the tables of all pages."""
     records = load([ROOT / "results" / "reference"])
@@ -125,6 +141,7 @@ def main() -> None:
     for document in PAGES:
         document.write_text(BLOCK.sub(written, document.read_text(encoding="utf-8")), encoding="utf-8")
     TABLES.write_text(page(records), encoding="utf-8")
+    samples(ROOT / "results" / "reference").savefig(REFERENCE / "samples.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

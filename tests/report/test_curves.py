@@ -165,6 +165,9 @@ def test_known_methods_keep_their_colour_and_every_label_has_one() -> None:
     assert len({style.slot for style in among.values()}) == 4
     many = styles([f"method{index}" for index in range(20)])
     assert len({(style.slot, style.marker) for style in many.values()}) == 20
+    crowded = styles([*curves.KNOWN, *(f"method{index}" for index in range(13))])
+    assert [crowded[name].slot for name in curves.KNOWN] == list(range(7))
+    assert len({(style.slot, style.marker) for style in crowded.values()}) == 20
 
 
 def linear(colour: str) -> np.ndarray:
