@@ -28,15 +28,8 @@ LIGHT = ("#0072b2", "#d55e00", "#08a46f", "#520753", "#5e3f02", "#02048e", "#dd1
 DARK = ("#56b4e9", "#ff9248", "#a2ebd5", "#c02998", "#f8e5a6", "#896cfb", "#fc6b89")
 INK, MUTED, LINE, BASE = "#1b1f25", "#59616b", "#d5d9df", "#6e7680"  # each replaced by a CSS variable on the page
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-KNOWN = (
-    "diffusion_nft",
-    "flow_grpo",
-    "tempflow_grpo",
-    "best_of_n",
-    "rwr",
-    "sdpo",
-    "srpo",
-)  # keep theirs in every report
+# These keep their colours in every report.
+KNOWN = ("diffusion_nft", "flow_grpo", "tempflow_grpo", "best_of_n", "rwr", "sdpo", "srpo")
 
 STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "svg.fonttype": "none",  # text stays text: selectable, in the page's font and colour
