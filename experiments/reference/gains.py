@@ -6,10 +6,12 @@ The report's tables go into tables.md, pictures of what PickScore does to the sa
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.figure import Figure
 from PIL import Image
 
+from alignbench.records import read_run
 from alignbench.report import across, claims, matched, tables, verdict
 from alignbench.report.answer import answer
 from alignbench.report.data import UNTUNED, Comparison, Records, load
@@ -23,7 +25,8 @@ HEAD = """# Tables of the reference benchmark
 
 Written by `python experiments/reference/gains.py`. They are those of the page that
 `python -m alignbench.report results/reference --output build/reference` draws; beside it lie the same tables as CSV and
-LaTeX, and every evaluation. Methods have the names of their configurations.
+LaTeX, and every evaluation. The last table is read from the runs' `metrics.jsonl`.
+Methods have the names of their configurations.
 """
 BLOCK = re.compile(
     r"<!-- gains at guidance (?P<guidance>\d)(?P<methods>( \w+)*) -->\n(?P<table>.+?)\n<!-- end of gains -->", re.DOTALL
@@ -43,6 +46,17 @@ NAMES = {
     "draft": "DRaFT (untuned)",
 }
 REWARDS = {"geneval": "GenEval", "exact_scene": "exact scene", "pickscore": "PickScore"}
+INSIDE = (
+    "reward",
+    "constant_groups",
+    "clip_fraction",
+    "gradient_norm",
+    "ratio_deviation/first_update",
+    "hinge_active",
+    "winner_error_change",
+    "loser_error_change",
+    "lambda_below_one",
+)
 METRICS = {  # column: decimals
     "exact_scene": ("exact scene", 3),
     "geneval": ("GenEval", 3),
@@ -99,7 +113,7 @@ def _methods(comparison: Comparison, guidance: float, methods: Collection[str]) 
 
 
 def page(records: Records) -> str:
-    """The report's tables, from the answer to the claims, as one document."""
+    """The report's tables, from the answer to the claims, and what happened inside, as one document."""
     (study,), protocols = records.studies, records.protocols
     opening = answer(records)
     assert opening is not None
@@ -114,7 +128,43 @@ def page(records: Records) -> str:
         *tables.geneval(study, protocols),
         claims.table(claims.findings(records, claims.read(ROOT / "experiments" / "claims"))),
     ]
-    return "\n".join([HEAD, *(re.sub("^### ", "## ", tables.markdown(table)) for table in found)])
+    written = (re.sub("^### ", "## ", tables.markdown(table)) for table in found)
+    return "\n".join([HEAD, *written, inside(records)])
+
+
+def inside(records: Records) -> str:
+    """What the texts quote from inside training: means over iterations, the least and the most of the runs."""
+    spans = {
+        "all iterations": lambda values: values,
+        "second half": lambda values: values[len(values) // 2 :],
+        "first tenth": lambda values: values[: max(1, len(values) // 10)],
+        "last tenth": lambda values: values[-max(1, len(values) // 10) :],
+    }
+    columns = ["trained on", "method", "metric", "iterations", *spans, "largest"]
+    lines = [
+        "## Inside training",
+        "",
+        "Means over iterations of `metrics.jsonl`: the least to the most of the runs.",
+        "",
+    ]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for comparison in records.studies[0].comparisons:
+        for label in comparison.labels:
+            found = [read_run(run.folder).metrics for run in comparison.of(label)]
+            for metric in INSIDE:
+                runs = [[row[metric] for row in rows if row.get(metric) is not None] for rows in found]
+                if not all(runs):
+                    continue
+                ranges = [[mean(part(values)) for values in runs] for part in spans.values()]
+                cells = [comparison.reward, label, metric, _range([len(values) for values in runs], "d")]
+                cells += [_range(each, ".3g") for each in ranges]
+                lines.append(f"| {' | '.join([*cells, f'{max(map(max, runs)):.2g}'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(values: Collection[float], form: str) -> str:
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def samples(results: Path) -> Figure:
