@@ -96,11 +96,7 @@ def check(config: DictConfig, processes: int) -> Checked:
             f"{processes} processes: every process needs at least one image"
         )
     prompts = _prompts(config, config.prompts.split)
-    if len(prompts) < method.batch.prompts:
-        raise ConfigError(
-            f"an iteration needs {method.batch.prompts} distinct prompts but the set has {len(prompts)}; "
-            f"method.batch.prompts={len(prompts)} is the most"
-        )
+    sets.probabilities(prompts, method.batch.prompts, _plain(config.prompts.balance))
     return Checked(method, budget, curve, final, prompts)
 
 

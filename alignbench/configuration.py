@@ -18,7 +18,7 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 # Where a run goes, how it is shown or batched, what is allowed; everything else decides its numbers.
 NOT_IDENTITY = (
     *("tracker", "results", "micro_batch", "checkpoint_every", "progress", "dry_run", "plan", "threads", "device"),
-    "evaluation.published",
+    *("evaluation.published", "reward.renamed"),
 )
 CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
 

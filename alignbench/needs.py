@@ -30,6 +30,11 @@ def check(config: DictConfig, method: Method) -> None:
             f"{name} needs log-probabilities: set method.rollout.stochastic to flow, dance or cps, and "
             "method.rollout.noise_level to a positive value"
         )
+    if method.sampler.guidance_embedding is not None and model.policy.get("guidance_embedding") is None:
+        raise ConfigError(
+            f"method.rollout.guidance_embedding is {method.sampler.guidance_embedding:g}, but {model.name} has no guidance "
+            "input: null here, and method.rollout.guidance for classifier-free guidance"
+        )
     if needs.differentiable_reward:
         without = [part for part in config.reward.parts if not _has_gradient(config.reward, part, model.domain)]
         if without:
@@ -66,7 +71,8 @@ def _differentiable_rewards(domain: str) -> Iterator[str]:
         reward = OmegaConf.load(path)
         assert isinstance(reward, DictConfig)
         with suppress(ConfigError):  # one that does not exist on this domain, or lacks a package here
-            if all(_has_gradient(reward, part, domain) for part in reward.parts):
+            # an old name of another reward has no parts in its own file
+            if "parts" in reward and all(_has_gradient(reward, part, domain) for part in reward.parts):
                 yield path.stem
 
 

@@ -112,6 +112,8 @@ def summary(config: DictConfig, outline: Outline, folder: Path) -> Rows:
         ("FLOPs an iteration", f"{outline.flops_per_iteration():.3g} (denoiser and decoder)"),
         ("budget", ", ".join(f"{axis} {limit:.4g}" for axis, limit in outline.budget.limits.items())),
     ]
+    if config.reward.get("renamed"):
+        rows.append(("warning", config.reward.renamed))
     iterations = outline.iterations()
     if iterations is not None:
         share = 100 / iterations

@@ -321,8 +321,7 @@ class Loop:
         if not self.varied and self.clock.iteration + 1 >= CONSTANT_ITERATIONS:
             raise RewardError(
                 f"every image had the same reward over the first {CONSTANT_ITERATIONS} iterations, so there is nothing "
-                "to learn from. Check that the reward fits the prompts, or use one with partial credit "
-                "(reward=geneval_soft)"
+                "to learn from. Check that the reward fits the prompts, or use one with partial credit (reward=geneval)"
             )
         if self.varied and reward_std == 0 and self.records is not None:
             tqdm.write(f"iteration {self.clock.iteration + 1}: every image has the same reward (saturated?)")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from alignbench.configuration import plain
 from alignbench.errors import ConfigError
-from alignbench.prompts.sets import Split
+from alignbench.prompts.sets import Balance, Split
 from alignbench.settings import checked, construct
 
 Section = Mapping[str, Any]
@@ -147,11 +147,12 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Reward:
-    """``conf/reward``."""
+    """``conf/reward``; ``renamed`` is what an old name of it tells those who use it."""
 
     parts: Mapping[str, Section]
     targets: Mapping[str, float]
     normalisation: Mapping[str, float]
+    renamed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Prompts:
     source: str
     split: Split
     path: str | None
-    balance: Literal["tag", "none"]
+    balance: Balance
     dataset: Section | None = None
 
 

@@ -145,6 +145,7 @@ class Stack:
         condition: Condition,
         *,
         guidance: float = 1.0,
+        guidance_embedding: float | None = None,
         detach_uncond: bool = False,
         view: str = "current",
     ) -> Tensor:
@@ -156,13 +157,28 @@ class Stack:
         self.ledger.count(nfe=rows, backward=backward, flops=flops)
         if guidance != 1.0:
             self.ledger.read(POLICY, [""], self.flops["text"])
-        return self.policy.predict(latents, sigma, condition, guidance=guidance, detach_uncond=detach_uncond, view=view)
+        return self.policy.predict(
+            latents,
+            sigma,
+            condition,
+            guidance=guidance,
+            guidance_embedding=guidance_embedding,
+            detach_uncond=detach_uncond,
+            view=view,
+        )
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, condition: Condition, *, guidance: float = 1.0, view: str = "current"
+        self, latents: Tensor, sigma: Tensor, condition: Condition, sampler: Sampler, *, view: str = "current"
     ) -> Tensor:
-        """One counted prediction as a velocity, whatever the model predicts: what solvers walk along."""
-        prediction = self.predict(latents, sigma, condition, guidance=guidance, view=view)
+        """One counted prediction as a velocity, whatever the model predicts: what a sampler walks along."""
+        prediction = self.predict(
+            latents,
+            sigma,
+            condition,
+            guidance=sampler.guidance,
+            guidance_embedding=sampler.guidance_embedding,
+            view=view,
+        )
         return self.policy.path.velocity(latents, prediction, sigma)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -265,7 +281,7 @@ class Stack:
             few = list(prompts[rows.start : rows.stop])
 
             def predict(latents: Tensor, sigma: Tensor) -> Tensor:
-                return self.velocity(latents, sigma, part, guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part, sampler, view=view)
 
             def draw(step: int) -> Tensor:
                 if step_seeds is None:
@@ -323,7 +339,7 @@ class Stack:
             part = condition[rows.start : rows.stop]
 
             def predict(latents: Tensor, sigma: Tensor) -> Tensor:
-                return self.velocity(latents, sigma, part, guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part, sampler, view=view)
 
             def draw(step: int) -> Tensor:
                 return self.policy.noise([step_seeds(row, step, each) for row in rows for each in range(branches)])
@@ -341,7 +357,7 @@ class Stack:
             part = condition[trunk]
 
             def predict(latents: Tensor, sigma: Tensor, walking: Tensor) -> Tensor:
-                return self.velocity(latents, sigma, part[walking], guidance=sampler.guidance, view=view)
+                return self.velocity(latents, sigma, part[walking], sampler, view=view)
 
             latents = finish(predict, trajectory.next_latents[chosen, 0], first, grid, sampler)
             few = [prompts[each] for each in trunk.tolist()]

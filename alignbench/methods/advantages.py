@@ -10,6 +10,7 @@ from torch import Tensor
 from alignbench.errors import ConfigError
 
 Std = Literal["global", "group", "none"]
+TOLERANCE = 1e-6  # of the largest reward's magnitude: what float32 arithmetic leaves between equal rewards
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,23 @@ class Advantages:
     Attributes:
         values: [N], dtype of the rewards; exactly 0 in a constant group.
         constant: bool [N], True for the members of a constant group.
-        constant_share: share of the groups that are constant, in [0, 1].
+        nearly: bool [N], True for those of them whose rewards do differ, by rounding.
+        groups: integer ids [N].
     """
 
     values: Tensor
     constant: Tensor
-    constant_share: float
+    nearly: Tensor
+    groups: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The share of groups without signal, and of those that only rounding tells apart, each in [0, 1]."""
+        names, index = torch.unique(self.groups, return_inverse=True)
+        flags = {"constant_groups": self.constant, "nearly_constant_groups": self.nearly}
+        return {
+            name: members.new_zeros(len(names)).index_put((index,), members).double().mean().item()
+            for name, members in flags.items()
+        }
 
 
 def group_advantages(
@@ -32,8 +44,9 @@ def group_advantages(
 ) -> Advantages:
     """``A_ij = (R_ij - mean_j R_ij) / (std + eps)`` over images j of group i (GRPO, arXiv 2402.03300).
 
-    A group is constant if its largest reward equals its smallest. ``A == 0`` would not tell: rounding of the mean
-    leaves residues, which a small ``eps`` can blow up.
+    A group is constant if its largest and its smallest reward differ by no more than rounding; see ``no_spread``.
+    ``A == 0`` would not tell: divided by a standard deviation with a small ``eps``, what rounding left between the
+    rewards becomes advantages of full size.
 
     Args:
         rewards: [N].
@@ -56,7 +69,7 @@ def group_advantages(
     zeros = values.new_zeros(len(counts))
     largest = zeros.scatter_reduce(0, index, values, "amax", include_self=False)
     smallest = zeros.scatter_reduce(0, index, values, "amin", include_self=False)
-    constant = largest == smallest
+    constant = no_spread(largest, smallest, values)
 
     centred = values - (zeros.index_add(0, index, values) / counts)[index]
     if std == "global":
@@ -66,7 +79,18 @@ def group_advantages(
         variance = zeros.index_add(0, index, centred.square()) / (counts - ddof)
         centred = centred / (variance.sqrt() + eps)[index]
     centred = torch.where(constant[index], 0.0, centred)  # also where a group of one has no sample std
-    return Advantages(centred.to(rewards.dtype), constant[index], constant.double().mean().item())
+    nearly = constant & (largest > smallest)
+    return Advantages(centred.to(rewards.dtype), constant[index], nearly[index], groups)
+
+
+def no_spread(largest: Tensor, smallest: Tensor, rewards: Tensor) -> Tensor:
+    """Whether groups have one reward up to rounding: ``largest - smallest <= 1e-6 max |R|``; bool [groups].
+
+    Args:
+        largest, smallest: of each group, [groups].
+        rewards: all rewards of the iteration, of any shape; their largest magnitude is the scale of rounding.
+    """
+    return largest - smallest <= TOLERANCE * rewards.abs().max()
 
 
 def add_advantages(parts: Sequence[tuple[float, Advantages]], groups: Tensor) -> Advantages:
@@ -81,6 +105,5 @@ def add_advantages(parts: Sequence[tuple[float, Advantages]], groups: Tensor) ->
     """
     values = torch.stack([weight * part.values for weight, part in parts]).sum(0)
     constant = torch.stack([part.constant for _, part in parts]).all(0)
-    names, index = torch.unique(groups, return_inverse=True)
-    of_groups = torch.empty(len(names), dtype=torch.bool).index_put((index,), constant)
-    return Advantages(values, constant, of_groups.double().mean().item())
+    nearly = constant & torch.stack([part.nearly for _, part in parts]).any(0)
+    return Advantages(values, constant, nearly, groups)

@@ -132,8 +132,7 @@ class AdvantageWeightedMatching(ForwardProcess):
         advantages = group_advantages(rewards, groups, std=self.std, ddof=0, eps=1e-4)
         kept = scaled(advantages.values, self.advantage_clip, self.advantage_max)[list(collected.ids)]
         collected.terms = {"x_0": rollout.latents, "advantage": kept.to(rollout.latents)}
-        collected.metrics |= {
-            "constant_groups": advantages.constant_share,
+        collected.metrics |= advantages.metrics() | {
             "advantage_clipped": (advantages.values.abs() > self.advantage_clip).float().mean().item(),
         }
         return collected

@@ -29,17 +29,18 @@ MODES: tuple[Mode, ...] = ("all", "positive_only", "negative_only", "one_only", 
 def optimality(advantage: Tensor, a_max: float, mode: Mode = "all") -> Tensor:
     """``r = clip(A / A_max, -1, 1) / 2 + 0.5``: how likely an image is one of the good ones, in [0, 1].
 
-    The modes are the official code's: keep the sign that is named (the others become indifferent, 0.5), round every
-    advantage to its sign (``binary``), or give every image of positive advantage full weight (``one_only``).
+    The modes are the official code's: keep the sign that is named (the others become indifferent, 0.5); let an
+    advantage be its sign, so that r is 0.6 and 0.4 at ``a_max`` 5 (``binary``); or be 1 where it is positive, and r 0.6,
+    otherwise indifferent (``one_only``).
     """
     if mode == "positive_only":
         advantage = advantage.clamp(min=0)
     elif mode == "negative_only":
         advantage = advantage.clamp(max=0)
     elif mode == "one_only":
-        advantage = torch.where(advantage > 0, a_max, 0.0).to(advantage)
+        advantage = (advantage > 0).to(advantage)
     elif mode == "binary":
-        advantage = a_max * torch.sign(advantage)
+        advantage = torch.sign(advantage)
     return (advantage / a_max).clamp(-1, 1) / 2 + 0.5
 
 
@@ -145,7 +146,7 @@ class DiffusionNFT(ForwardProcess):
         advantages = group_advantages(rewards, groups, std=self.std, ddof=0, eps=1e-4)
         r = optimality(advantages.values, self.a_max, self.mode)
         collected.terms = {"x_0": rollout.latents, "r": r[list(collected.ids)].to(rollout.latents)}
-        collected.metrics |= {"constant_groups": advantages.constant_share, "optimality_std": r.std().item()}
+        collected.metrics |= advantages.metrics() | {"optimality_std": r.std().item()}
         return collected
 
     def loss(self, stack: Stack, update: Update, batch: Batch) -> Loss:

@@ -364,7 +364,10 @@ class ReFL(SamplerGradient):
     def clean(self, stack: Stack, latents: Tensor, stop: Tensor, condition: Condition) -> Tensor:
         grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
         s = grid[stop.to(grid.device)]
-        prediction = stack.predict(latents, s, condition, guidance=self.sampler.guidance)
+        walk = self.sampler
+        prediction = stack.predict(
+            latents, s, condition, guidance=walk.guidance, guidance_embedding=walk.guidance_embedding
+        )
         return stack.policy.path.clean(latents, prediction, s)
 
     def expected_cost(self) -> Cost:
@@ -398,7 +401,7 @@ class DRaFT(SamplerGradient):
         grid = stack.policy.grid(self.sampler.steps, self.sampler.grid)
         solver, state = SOLVERS[self.sampler.solver], None  # a one-step solver has nothing to remember
         for i in range(self.sampler.steps - self.last_steps, self.sampler.steps):
-            v = stack.velocity(latents, grid[i].expand(len(latents)), condition, guidance=self.sampler.guidance)
+            v = stack.velocity(latents, grid[i].expand(len(latents)), condition, self.sampler)
             latents, state = solver(latents, v, i, grid, state)
         return latents
 

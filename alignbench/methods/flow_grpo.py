@@ -85,7 +85,8 @@ class FlowGRPO(Method):
         same_noise: all images of a prompt begin at one initial noise.
         window: values of a ``Window``; None makes all steps but the last stochastic.
         trained_fraction: share of the stochastic steps that each image trains, drawn per image, rounded down.
-        detach_uncond: no gradient through the unconditional branch of a guided prediction.
+        detach_uncond: no gradient through the unconditional branch of a guided prediction, as in one snapshot of the
+            official code; its gradient is several times larger and points elsewhere.
         recompute_log_prob: take the old log-probabilities at the start of each update from an extra counted pass,
             instead of from the rollout; for compute dtypes in which the two differ.
     """
@@ -172,19 +173,27 @@ class FlowGRPO(Method):
             "step": steps,
             "advantage": advantages.values[list(collected.ids)].to(rollout.latents),
         }
-        collected.kept = advantages.values.nonzero().flatten().tolist()  # an advantage of zero says nothing
-        collected.metrics |= {
-            "constant_groups": advantages.constant_share,
+        collected.kept = self.kept(advantages.values).nonzero().flatten().tolist()
+        collected.metrics |= advantages.metrics() | {
             "kept_images": float(len(collected.kept)),
             "advantage_clipped": (advantages.values.abs() > self.advantage_clip).float().mean().item(),
         }
         return collected
 
+    def kept(self, advantages: Tensor) -> Tensor:
+        """Which rows are trained, bool [rows]: an advantage of zero says nothing (official code)."""
+        return advantages != 0
+
     def updates(self, experience: Experience, stack: Stack, clock: Clock) -> Iterator[Update]:
         walked = experience.terms["step"].shape[1]
-        trained = self._trained(walked)
+        trained, says = self._trained(walked), (experience.terms["advantage"] != 0).tolist()
         for part, total in self.parts(experience, clock):
-            atoms = [(row, place) for row in part for place in self._places(walked, experience.ids[row], clock)]
+            atoms = [
+                (row, place)
+                for row in part
+                if self.kl > 0 or says[row]  # a row of no advantage is counted below; without a divergence it adds 0
+                for place in self._places(walked, experience.ids[row], clock)
+            ]
 
             def batch(chosen: Sequence[int], atoms: list[tuple[int, int]] = atoms) -> Batch:
                 rows = torch.as_tensor([atoms[index][0] for index in chosen])
@@ -222,7 +231,13 @@ class FlowGRPO(Method):
         step = batch.terms["step"].to(grid.device)
         x, sigma, sigma_next = batch.terms["latents"], grid[step], grid[step + 1]
         v = stack.predict(
-            x, sigma, batch.condition, guidance=self.sampler.guidance, detach_uncond=self.detach_uncond, view=view
+            x,
+            sigma,
+            batch.condition,
+            guidance=self.sampler.guidance,
+            guidance_embedding=self.sampler.guidance_embedding,
+            detach_uncond=self.detach_uncond,
+            view=view,
         )
         transition = TRANSITIONS[self.sampler.stochastic](x, v, sigma, sigma_next, self.sampler.noise_level, grid[1])
         return log_prob(batch.terms["next_latents"], *transition, self.sampler.stochastic), transition

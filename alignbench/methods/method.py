@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignbench.errors import ConfigError
@@ -235,11 +236,16 @@ class Method(ABC):
         """Split the kept rows at random into ``batch.updates`` parts, the same for any number of processes.
 
         Yields:
-            The local indices of a part's rows, and the part's size over all processes. Sizes differ by at most one;
-            an empty part is left out.
+            The local indices of a part's rows, and the part's size over all processes. Parts differ by at most one of
+            what ``together`` holds together; an empty part is left out.
         """
         local = {row: index for index, row in enumerate(experience.ids)}
-        order = generator("split", self.seed, clock.iteration).permutation(experience.kept)
-        for part in np.array_split(order, self.batch.updates):
-            if len(part):
-                yield [local[row] for row in part.tolist() if row in local], len(part)
+        bundles = self.together(experience.kept)
+        order = generator("split", self.seed, clock.iteration).permutation(len(bundles))
+        for part in np.array_split(bundles[order], self.batch.updates):
+            if part.size:
+                yield [local[row] for row in part.flatten().tolist() if row in local], part.size
+
+    def together(self, kept: Sequence[int]) -> NDArray[np.int64]:
+        """The kept rows as ``[bundles, rows]``: those of a bundle are trained in one update. Here each is its own."""
+        return np.array(kept, dtype=np.int64).reshape(-1, 1)

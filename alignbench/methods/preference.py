@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from alignbench.errors import ConfigError, DataError
+from alignbench.methods.advantages import no_spread
 from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Method, Needs, Update
 from alignbench.methods.online import collect_images
 from alignbench.policies.policy import Condition
@@ -230,7 +231,7 @@ class Preference(Method):
         view = "reference" if self.refresh_every is None else "current"
         collected, rollout, rewards, _ = collect_images(self, stack, prompts, clock, view=view)
         grouped = rewards.view(len(prompts), self.batch.images)
-        decided = (grouped.amax(1) > grouped.amin(1)).nonzero().flatten()
+        decided = (~no_spread(grouped.amax(1), grouped.amin(1), rewards)).nonzero().flatten()
         metrics = collected.metrics | {"pairs": float(len(decided)), "tied_prompts": 1 - len(decided) / len(prompts)}
         if not len(decided):
             return None, metrics

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignbench.errors import ConfigError
+from alignbench.methods.advantages import no_spread
 from alignbench.methods.forward_process import ForwardProcess
 from alignbench.methods.method import Batch, BatchSize, Clock, Cost, Experience, Loss, Update
 from alignbench.methods.online import collect_images
@@ -56,14 +57,16 @@ class Supervised(ForwardProcess):
     def collect(self, stack: Stack, prompts: Sequence[Prompt], clock: Clock) -> Experience:
         collected, rollout, rewards, _ = collect_images(self, stack, prompts, clock)
         grouped = rewards.view(-1, self.batch.images)
-        constant = grouped.amax(dim=1) == grouped.amin(dim=1)
+        constant = no_spread(grouped.amax(dim=1), grouped.amin(dim=1), rewards)
         weights = self.weights(grouped) * ~constant[:, None]
         collected.kept = weights.flatten().nonzero().flatten().tolist()
         per_group = len(collected.kept) / max(1, int((~constant).sum()))  # the loss is a mean over groups, not images
         own = (weights * per_group).flatten()[list(collected.ids)]
         collected.terms = {"x_0": rollout.latents, "weight": own.to(rollout.latents)}
+        nearly = constant & (grouped.amax(dim=1) > grouped.amin(dim=1))
         collected.metrics |= {
             "constant_groups": constant.float().mean().item(),
+            "nearly_constant_groups": nearly.float().mean().item(),
             "kept_images": float(len(collected.kept)),
         }
         return collected

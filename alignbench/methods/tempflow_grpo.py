@@ -8,7 +8,9 @@ to it alone. *Noise-aware weighting*: a step counts as much as its noise can exp
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignbench.errors import ConfigError
@@ -49,10 +51,14 @@ def branch_advantages(rewards: Tensor, group: Group, std: Std, ddof: int, eps: f
     def rows(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([part.view(trunks, branches) for part in parts], dim=1).flatten()
 
+    trunk_of_row = torch.arange(trunks).repeat_interleave(steps * branches)
+    step_of_row = torch.arange(steps).repeat_interleave(branches).repeat(trunks)
+    of = trunk_of_row if group == "seed_step" else trunk_of_row // seeds
     return Advantages(
         rows([each.values for each in of_steps]),
         rows([each.constant for each in of_steps]),
-        sum(each.constant_share for each in of_steps) / steps,
+        rows([each.nearly for each in of_steps]),
+        of * steps + step_of_row,
     )
 
 
@@ -178,6 +184,21 @@ class TempFlowGRPO(FlowGRPO):
         )
         steps = torch.arange(births).repeat_interleave(self.branches).repeat(len(trunks)).unsqueeze(1)
         return self._learn_from(collected, rollout, steps, advantages)
+
+    def kept(self, advantages: Tensor) -> Tensor:
+        """A branch slot of a seed (one image a step) is dropped only where all its steps say nothing (official code)."""
+        if not self.branching:
+            return super().kept(advantages)
+        of_slots = (advantages != 0).view(-1, self.sampler.steps - 1, self.branches)
+        return of_slots.any(dim=1, keepdim=True).expand_as(of_slots).flatten()
+
+    def together(self, kept: Sequence[int]) -> NDArray[np.int64]:
+        """All steps of a branch slot: ``[slots, T - 1]``."""
+        if not self.branching:
+            return super().together(kept)
+        rows, births = np.array(kept, dtype=np.int64), self.sampler.steps - 1
+        trunk, slot = rows // (births * self.branches), rows % self.branches
+        return rows[np.lexsort((rows, slot, trunk))].reshape(-1, births)
 
     def step_weights(self, grid: Tensor) -> Tensor:
         assert self.sampler.stochastic is not None

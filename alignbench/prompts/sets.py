@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
@@ -14,6 +15,7 @@ from alignbench.seeding import generator
 from alignbench.settings import construct
 
 Split = Literal["train", "tuning", "test", "all"]
+Balance = Literal["tag", "none"] | Mapping[str, float]
 LONGEST_PROMPT = 2_000  # characters; the longest text encoders read 512 tokens
 
 
@@ -92,25 +94,49 @@ def _record(line: str, where: str) -> dict[str, str]:
     return record
 
 
-def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int, balance: str = "tag") -> list[Prompt]:
+def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int, balance: Balance = "tag") -> list[Prompt]:
     """Draw an iteration's distinct prompts, the same for any number of processes.
 
     Args:
-        balance: ``"tag"`` gives every GenEval tag the same probability, however many prompts it has; ``"none"`` draws
-            uniformly.
+        balance: see ``probabilities``.
 
     Raises:
-        ConfigError: more prompts asked for than there are.
+        ConfigError: more prompts asked for than can be drawn, or a balance that does not fit them.
     """
-    if count > len(prompts):
-        raise ConfigError(
-            f"an iteration needs {count} distinct prompts but the set has {len(prompts)}; "
-            f"lower method.batch.prompts to {len(prompts)} or use a larger set"
-        )
-    weights = np.ones(len(prompts))
-    if balance == "tag":
-        sizes = Counter(prompt.metadata.get("tag") for prompt in prompts)
-        weights = np.array([1 / sizes[prompt.metadata.get("tag")] for prompt in prompts])
     rng = generator("prompts", seed, iteration)
-    chosen = rng.choice(len(prompts), count, replace=False, p=weights / weights.sum())
+    chosen = rng.choice(len(prompts), count, replace=False, p=probabilities(prompts, count, balance))
     return [prompts[index] for index in chosen]
+
+
+def probabilities(prompts: Sequence[Prompt], count: int, balance: Balance) -> NDArray[np.float64]:
+    """The probability of each prompt to be drawn first, [prompts].
+
+    Args:
+        count: how many distinct prompts are to be drawn.
+        balance: ``"tag"`` gives every tag the same probability, however many prompts it has; ``"none"`` draws
+            uniformly; weights by tag give each tag its share of their sum.
+
+    Raises:
+        ConfigError: fewer prompts can be drawn than are asked for; weights that leave a tag out, name one that no prompt
+            has, or are negative or all zero.
+    """
+    tags = [str(prompt.metadata.get("tag")) for prompt in prompts]
+    sizes = Counter(tags)
+    if isinstance(balance, Mapping):
+        missing = [tag for tag in sizes if tag not in balance]
+        foreign = [tag for tag, weight in balance.items() if weight > 0 and tag not in sizes]
+        if missing or foreign or min(balance.values()) < 0 or not any(balance.values()):
+            raise ConfigError(
+                f"prompts.balance is {dict(balance)}: it must give a weight of 0 or more for every tag of the prompts "
+                f"({', '.join(sizes)}), and more than 0 for none but these"
+            )
+        weights = np.array([balance[tag] / sizes[tag] for tag in tags])
+    else:
+        weights = np.array([1 / sizes[tag] for tag in tags]) if balance == "tag" else np.ones(len(prompts))
+    if count > (possible := int((weights > 0).sum())):
+        raise ConfigError(
+            f"an iteration needs {count} distinct prompts but the set has {possible}; "
+            f"method.batch.prompts={possible} is the most"
+        )
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances

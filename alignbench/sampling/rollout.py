@@ -23,6 +23,7 @@ class Sampler:
         solver: the deterministic step, a name of ``SOLVERS``.
         grid: ``"pipeline"`` (what diffusers' pipeline uses for the model) or ``"shifted_linspace"``.
         guidance: classifier-free guidance scale; 1 is one pass a step, otherwise two.
+        guidance_embedding: the guidance *input* of guidance-distilled models while sampling; None: the model's own.
         stochastic: the stochastic step (``"flow"``, ``"dance"``, ``"cps"``); None for an ODE.
         noise_level: of the stochastic step.
         noisy: which steps are stochastic, increasing; None: all but the last, which never is.
@@ -38,6 +39,7 @@ class Sampler:
     stochastic: Kind | None = None
     noise_level: float = 0.0
     noisy: tuple[int, ...] | None = None
+    guidance_embedding: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 2:

@@ -42,7 +42,7 @@ def test_follows_the_equation(std: Std, ddof: int, eps: float) -> None:
     result = group_advantages(torch.from_numpy(rewards), torch.from_numpy(groups), std, ddof, eps)
     np.testing.assert_allclose(result.values.numpy(), expected, rtol=1e-12, atol=1e-14)
     assert result.constant.tolist() == np.isin(groups, [900, 17]).tolist()
-    assert result.constant_share == 0.5
+    assert result.metrics() == {"constant_groups": 0.5, "nearly_constant_groups": 0}
     single = group_advantages(torch.from_numpy(rewards).float(), torch.from_numpy(groups), std, ddof, eps)
     assert single.values.dtype == torch.float32
     np.testing.assert_allclose(single.values.numpy(), expected, atol=1e-5)
@@ -65,7 +65,28 @@ def test_a_constant_group_has_no_advantage_whatever_the_rounding(std: Std, ddof:
     result = group_advantages(torch.full((7,), value), torch.zeros(7, dtype=torch.int64), std, ddof, eps)
     assert not result.values.any()
     assert result.constant.all()
-    assert result.constant_share == 1.0
+    assert result.metrics() == {"constant_groups": 1, "nearly_constant_groups": 0}
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-8])
+def test_what_rounding_leaves_between_rewards_is_no_signal(eps: float) -> None:
+    """Divided by a std with eps 1e-8, rewards 1e-7 apart would have advantages of 0.67 and -0.67."""
+    rewards = torch.tensor([1.0, 1.0 + 1e-7, 0.5, 0.75, 0.2, 0.2 - 1e-7, 0.0, 0.0], dtype=torch.float64)
+    groups = torch.arange(4).repeat_interleave(2)
+    result = group_advantages(rewards, groups, "group", 1, eps)
+    assert result.constant.tolist() == [True, True, False, False, True, True, True, True]
+    assert result.nearly.tolist() == [True, True, False, False, True, True, False, False]
+    assert result.metrics() == {"constant_groups": 0.75, "nearly_constant_groups": 0.5}
+    assert result.values[[0, 1, 4, 5, 6, 7]].tolist() == [0] * 6
+    assert result.values[3] == pytest.approx(0.125 / (0.125 * 2**0.5 + eps))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 26.0, 1e6])
+def test_rounding_is_relative_to_the_scale_of_the_rewards(scale: float) -> None:
+    groups = torch.tensor([0, 0, 1, 1])
+    for apart, constant in ((5e-7, True), (2e-6, False)):
+        rewards = scale * torch.tensor([1.0, 1 - apart, 0.5, 0.7], dtype=torch.float64)
+        assert group_advantages(rewards, groups, "group", 1, 1e-8).constant.tolist() == [constant] * 2 + [False] * 2
 
 
 def test_an_average_image_is_not_a_constant_group() -> None:
@@ -109,7 +130,7 @@ def test_order_and_names_of_groups_do_not_matter(
     after = group_advantages(rewards[order], torch.tensor(names)[groups][order], *setting)
     torch.testing.assert_close(before.values[order], after.values, rtol=1e-12, atol=1e-12)
     assert torch.equal(before.constant[order], after.constant)
-    assert before.constant_share == after.constant_share
+    assert before.metrics() == after.metrics()
 
 
 @UNTIMED

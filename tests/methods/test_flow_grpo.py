@@ -296,7 +296,7 @@ def test_added_advantages_follow_the_equation() -> None:
     result = add_advantages(parts, index)
     np.testing.assert_allclose(result.values.numpy(), expected, atol=1e-12)
     assert result.constant.tolist() == (groups == 2).tolist()
-    assert result.constant_share == pytest.approx(1 / 3)
+    assert result.metrics() == pytest.approx({"constant_groups": 1 / 3, "nearly_constant_groups": 0})
 
 
 def test_several_rewards_add_up_as_rewards_or_as_advantages(tiny_run: Compose) -> None:

@@ -95,7 +95,7 @@ def test_advantages_follow_the_equation(group: Group, std: str) -> None:
     constant[1, 0, 2] = group == "seed_step"
     assert result.constant.tolist() == constant.flatten().tolist()
     share = 3 / 24 if group == "seed_step" else 1 / 12
-    assert result.constant_share == pytest.approx(share)
+    assert result.metrics() == pytest.approx({"constant_groups": share, "nearly_constant_groups": 0})
 
 
 @pytest.mark.parametrize("group", ["seed_step", "prompt_step"])
@@ -313,8 +313,11 @@ def test_without_branches_and_weights_it_is_flow_grpo(tiny_run: Compose, kl: flo
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(gradients[2], gradients[0], strict=True))
 
 
-def test_steps_whose_branches_are_alike_are_dropped(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward of the step alone leaves nothing to learn, though the images of a seed have many rewards."""
+def test_branches_that_are_alike_at_every_step_are_dropped(tiny_run: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward of the step alone leaves nothing to learn, though the images of a seed have many rewards. A branch that
+    one step tells apart is kept whole, as in the released code: its other steps are counted, and held to the reference.
+    """
+    parts = moved(assembly.assemble(tiny_run(*SMALL, "method.algorithm.kl=0.0")))
     branch = type(parts.stack).branch
     step = torch.arange(STEPS - 1).repeat_interleave(BRANCHES).repeat(PROMPTS * SEEDS)
 
@@ -335,8 +338,45 @@ def test_steps_whose_branches_are_alike_are_dropped(parts: Parts, monkeypatch: p
     experience = scored(step == 1)
     assert experience.metrics["constant_groups"] == pytest.approx(1 / 3)
     (update,) = parts.method.updates(experience, parts.stack, Clock())
-    assert update.atoms == update.denominator == experience.metrics["kept_images"] == ROWS * 2 // 3
+    assert update.denominator == experience.metrics["kept_images"] == ROWS
+    assert update.atoms == ROWS * 2 // 3  # without a divergence the others add nothing, so they make no pass
     assert set(update.batch(range(update.atoms)).terms["step"].tolist()) == {0, 2}
+    parts.method.kl = 0.004  # type: ignore[attr-defined]
+    (update,) = parts.method.updates(experience, parts.stack, Clock())
+    assert update.atoms == update.denominator == ROWS
+
+    first_seed = torch.arange(ROWS) < ROWS // (PROMPTS * SEEDS)
+    experience = scored(first_seed)
+    assert experience.metrics["kept_images"] == ROWS - ROWS // (PROMPTS * SEEDS)
+    assert not set(experience.kept) & set(first_seed.nonzero().flatten().tolist())
+
+
+def test_the_released_rule_keeps_and_divides_by_whole_branches(tiny_run: Compose) -> None:
+    """By hand: advantages ``[trunks, steps, branches]`` and which branches have any that is not zero."""
+    method = assembly.assemble(tiny_run(*SMALL)).method
+    assert isinstance(method, TempFlowGRPO)
+    advantages = torch.zeros(PROMPTS * SEEDS, STEPS - 1, BRANCHES)
+    advantages[0, 1] = torch.tensor([1.0, 0.0, -1.0])  # one step of one seed tells two of its branches apart
+    advantages[2, 0, 1], advantages[2, 2, 1] = 0.5, -0.5
+    kept = method.kept(advantages.flatten()).view_as(advantages)
+    expected = torch.zeros_like(kept)
+    expected[0, :, [0, 2]] = True
+    expected[2, :, 1] = True
+    assert torch.equal(kept, expected)
+    bundles = method.together(kept.flatten().nonzero().flatten().tolist())
+    assert bundles.tolist() == [[0, 3, 6], [2, 5, 8], [19, 22, 25]]  # row (trunk (T - 1) + step) K + branch
+
+
+def test_updates_split_whole_branches(tiny_run: Compose) -> None:
+    parts = moved(assembly.assemble(tiny_run(*SMALL, "method.batch.updates=3")))
+    method, experience = collected(parts)
+    seen = []
+    for rows, count in method.parts(experience, Clock()):
+        assert len(rows) == count == ROWS // 3
+        slots = {(row // (BRANCHES * (STEPS - 1)), row % BRANCHES) for row in rows}
+        assert len(slots) * (STEPS - 1) == len(rows)
+        seen += rows
+    assert sorted(seen) == list(range(ROWS))
 
 
 # Micro-batches and processes

@@ -5,10 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts import sets
 from alignbench.prompts.prompt import Prompt
+from tests.conftest import CONF
 
 
 def test_files_keep_order_text_and_metadata(tmp_path: Path) -> None:
@@ -35,6 +38,50 @@ def test_drawing_is_distinct_repeatable_and_balanced_over_tags() -> None:
     assert 0.4 < share < 0.55  # half by tag, a tenth by count; without replacement a little below half
     uniform = [sets.draw(prompts, 4, 0, i, balance="none") for i in range(300)]
     assert Counter(p.metadata["tag"] for each in uniform for p in each)["b"] / 1200 < 0.2
+
+
+def test_weights_give_each_tag_its_share() -> None:
+    """A draw of one prompt, so that nothing is without replacement: 7 : 5 : 0 over tags of 2, 50 and 10 prompts."""
+    sizes = {"position": 2, "counting": 50, "single_object": 10}
+    prompts = [Prompt(f"{tag}/{i}", f"{tag}{i}", {"tag": tag}) for tag, size in sizes.items() for i in range(size)]
+    weights = {"position": 7.0, "counting": 5.0, "single_object": 0.0}
+    chances = sets.probabilities(prompts, 1, weights)
+    by_tag = {tag: sum(p for p, each in zip(chances, prompts, strict=True) if each.metadata["tag"] == tag) for tag in sizes}
+    assert by_tag == pytest.approx({"position": 7 / 12, "counting": 5 / 12, "single_object": 0})
+    drawn = [sets.draw(prompts, 1, 0, iteration, weights)[0].metadata["tag"] for iteration in range(600)]
+    assert Counter(drawn)["position"] / 600 == pytest.approx(7 / 12, abs=0.05)
+    assert "single_object" not in drawn
+    with pytest.raises(ConfigError, match="needs 53 distinct prompts but the set has 52"):
+        sets.draw(prompts, 53, 0, 0, weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"a": 1.0}, {"a": 1.0, "b": -1.0}, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0, "typo": 2.0}],
+    ids=["a tag left out", "negative", "all zero", "a tag that no prompt has"],
+)
+def test_weights_that_do_not_fit_the_tags(weights: dict[str, float]) -> None:
+    prompts = [Prompt(f"{tag}/0", tag, {"tag": tag}) for tag in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"prompts.balance is .* for every tag of the prompts \(a, b\)"):
+        sets.probabilities(prompts, 1, weights)
+
+
+def test_a_weight_of_zero_may_name_a_tag_that_is_not_there() -> None:
+    prompts = [Prompt(f"{tag}/0", tag, {"tag": tag}) for tag in ("a", "b")]
+    assert sets.probabilities(prompts, 1, {"a": 3.0, "b": 1.0, "single_object": 0.0}).tolist() == [0.75, 0.25]
+
+
+def test_the_published_mixture_of_genevals_tags() -> None:
+    """Flow-GRPO's: position : counting : color_attr : colors : two_object = 7 : 5 : 3 : 1 : 1, no single objects."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        balance = OmegaConf.to_container(compose("config", ["model=sd35_medium", "prompts=geneval"]).prompts.balance)
+    prompts = sets.load("geneval", "train")
+    chances = sets.probabilities(prompts, 48, balance)  # type: ignore[arg-type]
+    shares: Counter[str] = Counter()
+    for prompt, chance in zip(prompts, chances, strict=True):
+        shares[prompt.metadata["tag"]] += chance  # type: ignore[assignment]
+    expected = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+    assert dict(shares) == pytest.approx({tag: weight / 17 for tag, weight in expected.items()})
 
 
 def test_unknown_source() -> None:

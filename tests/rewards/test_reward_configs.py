@@ -15,12 +15,12 @@ CONF = Path(__file__).parent.parent.parent / "conf"
 PARTS = [
     (path.stem, name, domain, settings)
     for path in sorted((CONF / "reward").glob("*.yaml"))
-    for name, part in OmegaConf.to_container(OmegaConf.load(path))["parts"].items()  # type: ignore[index,call-overload,union-attr]
+    for name, part in OmegaConf.to_container(OmegaConf.load(path)).get("parts", {}).items()  # type: ignore[union-attr]
     for domain, settings in part.items()
     if domain != "weight"
 ]
 DIFFERENTIABLE = {"aesthetic", "clipscore", "hpsv2", "pickscore"}
-ON_PHOTOGRAPHS = DIFFERENTIABLE | {"geneval", "geneval_soft", "jpeg_compressibility", "ocr"}
+ON_PHOTOGRAPHS = DIFFERENTIABLE | {"geneval", "geneval_strict", "jpeg_compressibility", "ocr"}
 
 
 def check_settings(settings: dict[str, Any], where: str) -> type:
@@ -41,6 +41,20 @@ def check_settings(settings: dict[str, Any], where: str) -> type:
 def test_settings_fit_the_class(reward: str, name: str, domain: str, settings: dict[str, Any]) -> None:
     made = check_settings(settings, f"reward.parts.{name}.{domain}")
     assert made.differentiable is (reward in DIFFERENTIABLE)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("domain", ["shapes", "photo"])
+@pytest.mark.parametrize(("name", "mode"), [("geneval", "soft"), ("geneval_strict", "strict"), ("geneval_soft", "soft")])
+def test_geneval_is_partial_credit(name: str, mode: str, domain: str) -> None:
+    """What Flow-GRPO (section 4.1) and DiffusionNFT train on; ``geneval_soft`` is its old name."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        reward = compose("config", [f"reward={name}"]).reward
+    ((part, node),) = reward.parts.items()
+    assert part == name.removesuffix("_soft")
+    assert node[domain].mode == mode
+    assert reward.get("renamed") == (
+        "geneval_soft is called geneval now; the old name goes with the next release" if name == "geneval_soft" else None
+    )
 
 
 def test_rewards_on_photographs() -> None:

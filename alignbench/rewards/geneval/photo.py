@@ -4,7 +4,7 @@ The detector's weights are not those of the official scorer, so every number is 
 ``python -m alignbench.rewards.geneval.calibrate`` measures how far the two agree on the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from alignbench.rewards.geneval.rules import (
     keep_detections,
     official,
     soft,
+    soft_released,
     strict,
 )
 from alignbench.rewards.geneval.suite import COLOURS, OBJECTS
@@ -38,6 +39,15 @@ CLIP, CLIP_WEIGHTS = "ViT-L-14-quickgelu", "openai"
 
 PHOTO_SCORES = ("geneval_hf", "geneval_hf_strict", "geneval_hf_soft", "objects_per_image")
 """The scores of a detection pass; ``geneval_hf`` is the official decision, whatever rule is trained on."""
+
+RULES: dict[str, Callable[[Record, Found, ColourOf], float]] = {
+    "geneval_hf": lambda record, found, colour_of: float(official(record, found, colour_of).correct),
+    "geneval_hf_strict": strict,
+    "geneval_hf_soft": soft,
+    "geneval_hf_soft_released": soft_released,
+    "objects_per_image": lambda record, found, colour_of: float(sum(map(len, found.values()))),
+}
+"""Each score from a record, the detections and the colours."""
 
 
 class PhotoJudge:
@@ -108,7 +118,7 @@ class PhotoJudge:
 
 
 class PhotoGenevalReward(Reward):
-    """GenEval by one of its three rules, on photographs; see `PhotoJudge` for the settings.
+    """GenEval by one of its rules, on photographs; see `PhotoJudge` for the settings.
 
     Beside the reward it reports ``PHOTO_SCORES``, all float32 [batch]. An image with a pixel that is not finite has NaN
     for all of them.
@@ -162,21 +172,14 @@ class PhotoGenevalReward(Reward):
         """
         records = [photo_record(prompt) for prompt in prompts]
         pixels, finite = as_shown(images)
+        reported = list(dict.fromkeys((*PHOTO_SCORES, self._score)))
         parts = []
         for image, record, found in zip(pixels, records, self._judge.find(pixels, records), strict=True):
             colour_of = self._judge.colour_of(image)
-            parts.append(
-                (
-                    float(official(record, found, colour_of).correct),
-                    strict(record, found, colour_of),
-                    soft(record, found, colour_of),
-                    float(sum(map(len, found.values()))),
-                )
-            )
-        table = torch.tensor(parts, dtype=torch.float32, device=images.device).view(-1, len(PHOTO_SCORES))
-        table = table.where(finite[:, None], torch.nan)
-        scores = {name: table[:, column] for column, name in enumerate(PHOTO_SCORES)}
-        return {"reward": scores[self._score]} | scores
+            parts.append([RULES[name](record, found, colour_of) for name in reported])
+        table = torch.tensor(parts, dtype=torch.float32, device=images.device).view(-1, len(reported))
+        scores = dict(zip(reported, table.where(finite[:, None], torch.nan).unbind(1), strict=True))
+        return {"reward": scores[self._score]} | {name: scores[name] for name in PHOTO_SCORES}
 
 
 def photo_record(prompt: Prompt) -> Record:

@@ -13,19 +13,20 @@ from torch import Tensor
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.geneval.detectors.shapes import DetectedScene, ShapesGenevalDetector
-from alignbench.rewards.geneval.rules import Record, official, soft, strict
+from alignbench.rewards.geneval.rules import Record, official, soft, soft_released, strict
 from alignbench.rewards.reward import Reward, as_shown
 from alignbench.shapes.detector import exact_scene
 from alignbench.shapes.scenes import COLOURS, SHAPES
 
-Mode = Literal["strict", "soft", "official"]
+Mode = Literal["soft", "soft_released", "strict", "official"]
 
 SCORES = ("geneval", "geneval_strict", "geneval_soft", "exact_scene", "objects_per_image", "invalid_share")
 """The scores of a detection pass; ``geneval`` is the official decision, whatever rule is trained on."""
 
 REWARDS: dict[Mode, tuple[str, str]] = {
-    "strict": ("geneval", "geneval_strict"),
-    "soft": ("geneval_soft", "geneval_soft"),
+    "soft": ("geneval", "geneval_soft"),
+    "soft_released": ("geneval_soft_released", "geneval_soft_released"),
+    "strict": ("geneval_strict", "geneval_strict"),
     "official": ("geneval_official", "geneval"),
 }
 """The name of the reward, and its score, by rule."""
@@ -36,6 +37,10 @@ class _SceneReward(Reward):
 
     Beside the reward it reports ``SCORES``, all float32 [batch]; see :func:`score_scene`. An image with a pixel that is
     not finite has NaN for all of them.
+
+    Args:
+        name: of the reward.
+        score: which of ``SCORES`` it is, or ``geneval_soft_released``.
     """
 
     differentiable = False
@@ -68,15 +73,15 @@ class _SceneReward(Reward):
             name: torch.tensor([part[name] for part in parts], dtype=torch.float32, device=images.device).where(
                 finite, torch.nan
             )
-            for name in SCORES
+            for name in {*SCORES, self._score}
         }
-        return {"reward": scores[self._score]} | scores
+        return {"reward": scores[self._score]} | {name: scores[name] for name in SCORES}
 
 
 class GenevalReward(_SceneReward):
-    """GenEval by one of its three rules; ``strict`` is the one that methods are published with."""
+    """GenEval by one of its rules; ``soft``, partial credit, is the one that methods are published with."""
 
-    def __init__(self, mode: Mode = "strict") -> None:
+    def __init__(self, mode: Mode = "soft") -> None:
         if mode not in REWARDS:
             raise ConfigError(f"reward mode is {mode!r}: expected one of {', '.join(REWARDS)}")
         super().__init__(*REWARDS[mode])
@@ -90,10 +95,10 @@ class ExactSceneReward(_SceneReward):
 
 
 def score_scene(record: Record, scene: DetectedScene) -> dict[str, float]:
-    """The scores of one image, with the keys ``SCORES``.
+    """The scores of one image, with the keys ``SCORES`` and ``geneval_soft_released``.
 
-    ``geneval``, ``geneval_strict`` and ``geneval_soft`` are the three rules; ``exact_scene`` is 1 if the strict rule
-    holds and nothing else is there; ``objects_per_image`` counts the accepted objects; ``invalid_share`` is the share
+    ``geneval``, ``geneval_strict`` and ``geneval_soft`` are the official, strict and partial-credit rules;
+    ``exact_scene`` is 1 if the strict rule holds and nothing else is there; ``objects_per_image`` counts the accepted objects; ``invalid_share`` is the share
     of the image's blobs that are no object of the world, 0 in an empty image.
     """
     blobs = len(scene.objects) + scene.invalid
@@ -101,6 +106,7 @@ def score_scene(record: Record, scene: DetectedScene) -> dict[str, float]:
         "geneval": float(official(record, scene.found, scene.colour_of).correct),
         "geneval_strict": strict(record, scene.found, scene.colour_of),
         "geneval_soft": soft(record, scene.found, scene.colour_of),
+        "geneval_soft_released": soft_released(record, scene.found, scene.colour_of),
         "exact_scene": float(exact_scene(record, scene.objects, scene.invalid)),
         "objects_per_image": float(len(scene.objects)),
         "invalid_share": scene.invalid / blobs if blobs else 0.0,

@@ -1,13 +1,15 @@
-"""The decisions of GenEval for detected objects: official, strict and soft, and the score over a set of images.
+"""The decisions of GenEval for detected objects: official, strict and partial credit, and the score over many images.
 
-Source: Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment"; the strict and
-soft rules are the training rewards of Flow-GRPO (Liu et al. 2025) and DiffusionNFT (Zheng et al. 2025).
+Source: Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment". Partial credit
+is what Flow-GRPO (arXiv 2505.05470, section 4.1) and DiffusionNFT (arXiv 2509.16117) train on; their code logs the
+strict rule beside it.
 
-Three rules read the same record and the same detections and must not be mixed:
+The rules read the same record and the same detections and must not be mixed:
 
 * ``official``, the only one whose mean over images may be called a GenEval score: *at least* n objects of a class;
-* ``strict``, the reward that methods train on: *exactly* n objects, whatever the tag;
-* ``soft``, the same demands graded clause by clause.
+* ``strict``: *exactly* n objects, whatever the tag;
+* ``soft``, the trained reward: the strict demands with partial credit, clause by clause;
+* ``soft_released``, partial credit as the released training code adds it up.
 
 Boxes are ``(x1, y1, x2, y2)`` in pixels, y pointing down.
 """
@@ -221,20 +223,34 @@ def official(record: Record, found: Found, colour_of: ColourOf) -> Verdict:
 
 
 def strict(record: Record, found: Found, colour_of: ColourOf) -> float:
-    """The training reward, 0 or 1: exactly n objects of every class, each with its colour and relation."""
+    """0 or 1: exactly n objects of every class, each with its colour and relation."""
     results = _judge_includes(record, found, colour_of, exact=True)
     return float(all(result.group is not None for result in results))
 
 
 def soft(record: Record, found: Found, colour_of: ColourOf) -> float:
-    """The graded training reward: the mean over the terms of all clauses, at most 1 and 1 only where ``strict`` is 1.
+    """Partial credit: the mean over the terms of all clauses, at most 1 and 1 only where ``strict`` is 1.
 
     A clause for n objects gives ``1 - |n - found| / n``, which many extra objects make negative. Where the count is
     exact, a colour gives ``1 - |n - matching| / n`` and a position gives 1 or 0 (0 also if the objects or those they
-    refer to were not matched); where it is not, a clause with either gives one 0.
+    refer to were not matched); where it is not, a clause with either gives one 0 (arXiv 2505.05470, section 4.1).
     """
+    return _partial_credit(record, found, colour_of, released=False)
+
+
+def soft_released(record: Record, found: Found, colour_of: ColourOf) -> float:
+    """Partial credit as the released code of Flow-GRPO and DiffusionNFT adds it up; see ``soft`` for what is alike.
+
+    There a violated relation gives two terms, 0 and 1, so that a wrong relation between the right objects scores 3/4
+    of a perfect picture; and a position gives no term where the colour of the same clause was wrong.
+    """
+    return _partial_credit(record, found, colour_of, released=True)
+
+
+def _partial_credit(record: Record, found: Found, colour_of: ColourOf, *, released: bool) -> float:
     terms: list[float] = []
-    for clause, result in zip(record["include"], _judge_includes(record, found, colour_of, exact=True), strict=True):
+    results = _judge_includes(record, found, colour_of, exact=True)
+    for clause, result in zip(record["include"], results, strict=True):
         demanded = clause["count"]
         terms.append(1 - abs(demanded - result.count) / demanded)
         if result.count != demanded:
@@ -244,7 +260,13 @@ def soft(record: Record, found: Found, colour_of: ColourOf) -> float:
         if result.matching is not None:
             terms.append(1 - abs(demanded - result.matching) / demanded)
         if "position" in clause:
-            terms.append(float(result.group is not None))
+            holds = result.group is not None
+            if released and not holds:
+                if result.matching is not None and result.matching < demanded:
+                    continue
+                if results[clause["position"][1]].group is not None:  # there is something to stand beside
+                    terms.append(1.0)
+            terms.append(float(holds))
     return sum(terms) / len(terms)
 
 

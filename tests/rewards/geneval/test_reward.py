@@ -64,7 +64,7 @@ def test_scores(record: Mapping[str, Any], scene: tuple[Object, ...], expected: 
     scores = GenevalReward().score(images_of(scene), [prompt(record)])
     assert list(scores) == ["reward", *SCORES]
     assert [scores[name].item() for name in SCORES] == pytest.approx(expected)
-    assert scores["reward"].item() == scores["geneval_strict"].item()
+    assert scores["reward"].item() == scores["geneval_soft"].item()
 
 
 # A circle beside a second one: right officially only; the soft score of three is below both.
@@ -75,8 +75,9 @@ THREE = (RED_CIRCLE, GREEN_CIRCLE, Object("circle", "blue", 24, 7, 4))
     ("reward", "name", "values"),
     [
         (GenevalReward("official"), "geneval_official", [1, 1, 1, 0]),
-        (GenevalReward("strict"), "geneval", [1, 1, 0, 0]),
-        (GenevalReward("soft"), "geneval_soft", [1, 1, -1, 0]),
+        (GenevalReward("strict"), "geneval_strict", [1, 1, 0, 0]),
+        (GenevalReward("soft"), "geneval", [1, 1, -1, 0]),
+        (GenevalReward("soft_released"), "geneval_soft_released", [1, 1, -1, 0]),
         (ExactSceneReward(), "exact_scene", [1, 0, 0, 0]),
     ],
 )
@@ -88,6 +89,14 @@ def test_the_reward_is_the_score_it_is_named_for(reward: GenevalReward, name: st
     assert next(iter(scores)) == "reward"
     assert scores["reward"].tolist() == values
     assert {value.dtype for value in scores.values()} == {torch.float32}
+
+
+def test_a_wrong_relation_scores_higher_in_the_released_code() -> None:
+    wrong = images_of((GREEN_CIRCLE, BLUE_SQUARE))
+    for mode, value in (("soft", 2 / 3), ("soft_released", 3 / 4), ("strict", 0)):
+        scores = GenevalReward(mode).score(wrong, [prompt(LEFT)])  # type: ignore[arg-type]
+        assert list(scores) == ["reward", *SCORES]
+        assert scores["reward"].item() == pytest.approx(value)
 
 
 def test_each_image_has_its_own_prompt() -> None:
@@ -141,5 +150,5 @@ def test_a_prompt_of_another_world_is_named(record: Mapping[str, Any]) -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reward mode is 'hard': expected one of strict, soft, official"):
+    with pytest.raises(ConfigError, match="reward mode is 'hard': expected one of soft, soft_released, strict, official"):
         GenevalReward("hard")  # type: ignore[arg-type]

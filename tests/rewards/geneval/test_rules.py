@@ -19,6 +19,7 @@ from alignbench.rewards.geneval.rules import (
     official,
     relations,
     soft,
+    soft_released,
     strict,
     summarise,
 )
@@ -282,6 +283,31 @@ def test_three_rules(record: Record, objects: str, expected: tuple[bool, float, 
     assert softly == pytest.approx(expected[2], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("record", "objects", "paper", "released"),
+    [
+        # terms (cat, dog, position); the released code adds a 1 behind the 0 of a violated relation
+        (DOG_LEFT_OF_CAT, "dog@0, cat@100", 1.0, 1.0),
+        (DOG_LEFT_OF_CAT, "dog@100, cat@0", 2 / 3, 3 / 4),
+        (DOG_LEFT_OF_CAT, "dog@0, cat@2", 2 / 3, 3 / 4),
+        (DOG_LEFT_OF_CAT, "dog@0", 1 / 3, 1 / 3),  # no reference: a single 0
+        (DOG_LEFT_OF_CAT, "cat@0", 1 / 3, 1 / 3),
+        # and it asks for no position where the colour was wrong, terms (cat, dog, colour, position)
+        (RED_DOG_LEFT_OF_CAT, "green dog@0, cat@100", 1 / 2, 2 / 3),
+        (RED_DOG_LEFT_OF_CAT, "green dog@100, cat@0", 1 / 2, 2 / 3),
+        (RED_DOG_LEFT_OF_CAT, "red dog@100, cat@0", 3 / 4, 4 / 5),
+        (DOG_LEFT_OF_RED_CAT, "dog@0, green cat@100", 1 / 2, 1 / 2),
+        # everywhere else the two are one
+        (TWO_RED_DOGS, "red dog, green dog", 3 / 4, 3 / 4),
+        (TWO_DOGS, "dog, dog, dog, dog, dog", -1 / 2, -1 / 2),
+    ],
+)
+def test_the_released_codes_partial_credit(record: Record, objects: str, paper: float, released: float) -> None:
+    scene = world(objects)
+    assert soft(record, scene.found, scene.colour_of) == pytest.approx(paper, abs=1e-12)
+    assert soft_released(record, scene.found, scene.colour_of) == pytest.approx(released, abs=1e-12)
+
+
 def test_exclude_is_ignored_by_the_strict_rule() -> None:
     record = {"tag": "x", "include": [suite.clause("dog")], "exclude": [suite.clause("cat")], "prompt": "no cat"}
     assert world("dog, cat").judge(record) == (False, 1.0, 1.0)
@@ -403,6 +429,16 @@ def test_soft_is_one_exactly_where_strict_is(record: Record, scene: World) -> No
     _, strictly, softly = scene.judge(record)
     assert softly <= 1.0
     assert (softly == 1.0) == (strictly == 1.0)
+
+
+@patient
+@given(suite_records, worlds)
+def test_the_two_partial_credits_differ_on_wrong_relations_alone(record: Record, scene: World) -> None:
+    paper, released = (rule(record, scene.found, scene.colour_of) for rule in (soft, soft_released))
+    assert (released == 1.0) == (paper == 1.0)
+    assert released >= paper
+    if record["tag"] != "position":
+        assert released == paper
 
 
 @patient
