@@ -18,7 +18,7 @@ from alignbench.report.data import load
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "reference" / "shapes"
-TITLES = {"exact scene": "exact_scene", "PickScore": "pickscore", "GenEval": "geneval", "second judge": "judge"}
+TITLES = {"exact scene": "exact_scene", "PickScore": "pickscore", "GenEval (strict)": "geneval_strict"}
 
 
 def gains() -> ModuleType:
@@ -100,7 +100,7 @@ def test_a_number_is_found_in_the_files_as_documented(
     (row,) = (
         cells
         for guidance, cells in rows(ROOT / "experiments" / "reference" / "README.md")
-        if (guidance, cells["trained on"], cells["method"]) == (1, "GenEval", "DiffusionNFT")
+        if (guidance, cells["trained on"], cells["method"]) == (1, "GenEval (strict)", "DiffusionNFT")
     )
     printed = capsys.readouterr().out.strip()
     assert code.rstrip().endswith(f"# {printed}")

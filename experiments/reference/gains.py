@@ -45,7 +45,7 @@ NAMES = {
     "refl": "ReFL (untuned)",
     "draft": "DRaFT (untuned)",
 }
-REWARDS = {"geneval": "GenEval", "exact_scene": "exact scene", "pickscore": "PickScore"}
+REWARDS = {"geneval_strict": "GenEval (strict)", "exact_scene": "exact scene", "pickscore": "PickScore"}
 INSIDE = (
     "reward",
     "constant_groups",
