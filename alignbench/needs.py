@@ -32,8 +32,8 @@ def check(config: DictConfig, method: Method) -> None:
         )
     if method.sampler.guidance_embedding is not None and model.policy.get("guidance_embedding") is None:
         raise ConfigError(
-            f"method.rollout.guidance_embedding is {method.sampler.guidance_embedding:g}, but {model.name} has no guidance "
-            "input: null here, and method.rollout.guidance for classifier-free guidance"
+            f"method.rollout.guidance_embedding is {method.sampler.guidance_embedding:g}, but {model.name} has no "
+            "guidance input: null here, and method.rollout.guidance for classifier-free guidance"
         )
     if needs.differentiable_reward:
         without = [part for part in config.reward.parts if not _has_gradient(config.reward, part, model.domain)]

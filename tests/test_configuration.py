@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from alignbench.configuration import CONF, identity, variant
+from alignbench import assembly, plan
+from alignbench.configuration import CONF, identity, run_folder, variant
 from alignbench.policies.diffusers_policy import Options
 
 
@@ -47,3 +48,19 @@ def test_every_option_of_a_real_model_can_be_set_by_its_name(name: str) -> None:
     policy = OmegaConf.load(CONF / "model" / f"{name}.yaml").policy
     given_elsewhere = {"device", "seed"}  # the run's own
     assert set(get_type_hints(Options)) - given_elsewhere <= set(policy)
+
+
+def test_an_old_name_of_a_reward_is_the_same_run_and_says_so() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        old, new = (compose("config", [f"reward={name}"]) for name in ("geneval_soft", "geneval"))
+    assert identity(old) == identity(new)
+    assert run_folder(old, []) == run_folder(new, [])
+    told = []
+    for config in (old, new):
+        checked = assembly.check(config, 1)
+        flops = {"denoiser": 1, "denoiser_backward": 2, "decode": 1}
+        outline = plan.Outline(checked.method, checked.budget, flops, processes=1, micro_batch=64)
+        told.append(plan.table(config, outline, run_folder(config, [])))
+    assert "warning" in told[0]
+    assert "geneval_soft is called geneval now; the old name goes with the next release" in told[0]
+    assert "geneval_soft" not in told[1]

@@ -30,8 +30,8 @@ def optimality(advantage: Tensor, a_max: float, mode: Mode = "all") -> Tensor:
     """``r = clip(A / A_max, -1, 1) / 2 + 0.5``: how likely an image is one of the good ones, in [0, 1].
 
     The modes are the official code's: keep the sign that is named (the others become indifferent, 0.5); let an
-    advantage be its sign, so that r is 0.6 and 0.4 at ``a_max`` 5 (``binary``); or be 1 where it is positive, and r 0.6,
-    otherwise indifferent (``one_only``).
+    advantage be its sign, so that r is 0.6 and 0.4 at ``a_max`` 5 (``binary``); or be 1 where it is positive, so that r
+    is 0.6 there, and 0 elsewhere (``one_only``).
     """
     if mode == "positive_only":
         advantage = advantage.clamp(min=0)

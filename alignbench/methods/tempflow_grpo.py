@@ -186,7 +186,7 @@ class TempFlowGRPO(FlowGRPO):
         return self._learn_from(collected, rollout, steps, advantages)
 
     def kept(self, advantages: Tensor) -> Tensor:
-        """A branch slot of a seed (one image a step) is dropped only where all its steps say nothing (official code)."""
+        """A branch slot of a seed, an image per step, is dropped only where all steps say nothing (official code)."""
         if not self.branching:
             return super().kept(advantages)
         of_slots = (advantages != 0).view(-1, self.sampler.steps - 1, self.branches)

@@ -117,8 +117,8 @@ def probabilities(prompts: Sequence[Prompt], count: int, balance: Balance) -> ND
             uniformly; weights by tag give each tag its share of their sum.
 
     Raises:
-        ConfigError: fewer prompts can be drawn than are asked for; weights that leave a tag out, name one that no prompt
-            has, or are negative or all zero.
+        ConfigError: fewer prompts can be drawn than are asked for; weights that leave a tag out, name one that no
+            prompt has, or are negative or all zero.
     """
     tags = [str(prompt.metadata.get("tag")) for prompt in prompts]
     sizes = Counter(tags)

@@ -31,8 +31,8 @@ METHODS = {  # what a group is
 }
 HEAD = f"""# Groups without signal
 
-Written by `python experiments/partial_credit/constant_groups.py`: {ITERATIONS} iterations of images by the embedded base model, at each
-method's embedded settings. A group whose images all have one reward teaches nothing.
+Written by `python experiments/partial_credit/constant_groups.py`: {ITERATIONS} iterations of images by the embedded
+base model, at each method's embedded settings. A group whose images all have one reward teaches nothing.
 
 | method | a group | {" | ".join(REWARDS.values())} |
 |---|---|{"---|" * len(REWARDS)}

@@ -31,10 +31,11 @@ from alignbench.seeding import seeds_of
 PAGE = Path(__file__).parent / "differences.md"
 HEAD = """# What the differences to the released code change
 
-Written by `python experiments/released_code/differences.py`: the embedded model at its base weights, float64, published settings
-(`overlay=none`) with fewer prompts. Gradients are those of one iteration, both ways from the same images; "size" is the ratio of the
-norms, theirs over ours. These are numbers of a small world: they say which differences matter, not how much they matter on SD3.5 or FLUX.
-Every setting: [released configurations](../../docs/methods/released_settings.md).
+Written by `python experiments/released_code/differences.py`: the embedded model at its base weights, float64,
+published settings (`overlay=none`) with fewer prompts. Gradients are those of one iteration, both ways from the same
+images; "size" is the ratio of the norms, theirs over ours. These are numbers of a small world: they say which
+differences matter, not how much they matter on SD3.5 or FLUX. Every setting:
+[released configurations](../../docs/methods/released_settings.md).
 
 | difference | ours | theirs | measured |
 |---|---|---|---|
@@ -88,7 +89,8 @@ def rollouts(*overrides: str) -> str:
     with whole_thousandths(parts):
         released = parts.stack.sample(prompts, parts.method.sampler, seeds, **options).latents
     apart = (released - ours).square().mean().sqrt() / ours.square().mean().sqrt()
-    return f"latents differ by {float(apart):.2g} of their size (root mean square), at most by {float((released - ours).abs().max()):.2g}"
+    most = float((released - ours).abs().max())
+    return f"latents differ by {float(apart):.2g} of their size (root mean square), at most by {most:.2g}"
 
 
 def released_endpoints(u: Tensor, inverted: Tensor, position: Tensor, longest_step: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +178,12 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
         f"factor of the gradient by the images that a GPU keeps: {shares}",
     )
     yield "Flow-GRPO: what GenEval's scorer sees", "8 bits", "JPEG", through_jpeg()
-    yield "PickScore of Flow-GRPO's code", "as it is", "divided by 26", "a weight w in a sum of rewards there is w / 26 here"
+    yield (
+        "PickScore of Flow-GRPO's code",
+        "as it is",
+        "divided by 26",
+        "a weight w in a sum of rewards there is w / 26 here",
+    )
 
 
 def page(found: Sequence[tuple[str, str, str, str]]) -> str:

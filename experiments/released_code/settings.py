@@ -14,12 +14,14 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "methods" / "released_settings.md"
 HEAD = """# Settings beside the released configurations
 
-What each released configuration sets, what the published settings here (`overlay=none`) set, and why where the two differ. Released
-values were read in the files that are named; ours are read from `conf/` when this page is written, by
-`python experiments/released_code/settings.py`. Rows without a name of ours are things that no setting decides. How much the
-differences of behaviour change a gradient or a picture is [measured](../../experiments/released_code/differences.md).
+What each released configuration sets, what the published settings here (`overlay=none`) set, and why where the two
+differ. Released values were read in the files that are named; ours are read from `conf/` when this page is written, by
+`python experiments/released_code/settings.py`. Rows without a name of ours are things that no setting decides. How much
+the differences of behaviour change a gradient or a picture is
+[measured](../../experiments/released_code/differences.md).
 
-Not compared: ReFL and DRaFT, whose released configurations were not at hand ([page](refl_and_draft.md)), and the baselines, which have none.
+Not compared: ReFL and DRaFT, whose released configurations were not at hand ([page](refl_and_draft.md)), and the
+baselines, which have none.
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import open_dict
 from PIL import Image
 from torch import Tensor
 
@@ -38,6 +39,48 @@ ALL_U = torch.arange(5, 996)
 def ends(u: int, inverted: bool) -> tuple[float, float]:
     s_from, s_to = endpoints(torch.tensor([u]), torch.tensor([inverted]), positions(5, 25), 100)
     return round(s_from.item(), 4), round(s_to.item(), 4)
+
+
+# Guidance as an input
+
+
+def test_rollouts_may_read_another_guidance_input_than_training(
+    tiny_run: Compose, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SRPO's scripts sample FLUX at guidance 1 (HPS) or 2 (PickScore) and train it at 3.5."""
+    config = tiny_run(
+        "model=flux_dev",
+        "overlay=flux_dev_srpo",
+        "method=srpo",
+        f"model.policy.source={checkpoints['flux_dev']}",
+        "model.policy.resolution=16",
+        "model.policy.max_sequence_length=12",
+        "method.batch.images=1",
+        "method.batch.updates=1",
+    )
+    with open_dict(config):
+        config.reward.parts.red.photo = config.reward.parts.red.shapes
+    parts = assembly.assemble(config)
+    read: list[float | None] = []
+    predict = parts.policy.predict
+
+    def noting(*given: object, guidance_embedding: float | None = None, **named: object) -> Tensor:
+        read.append(guidance_embedding)
+        return predict(*given, guidance_embedding=guidance_embedding, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts.policy, "predict", noting)
+    experience = parts.method.collect(parts.stack, draw(parts.prompts, 2, 0, 0, "none"), Clock())
+    assert set(read) == {1.0}
+    read.clear()
+    (update,) = parts.method.updates(experience, parts.stack, Clock())
+    accumulate(parts.stack, parts.method, update)
+    assert set(read) == {None}  # the model's own
+    assert parts.policy.guidance_embedding == 3.5  # type: ignore[attr-defined]
+
+
+def test_a_guidance_input_needs_a_model_that_has_one(tiny_run: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"guidance_embedding is 2, but shapes has no guidance input: null here"):
+        assembly.assemble(tiny_run("method=srpo", "method.batch.images=1", "method.rollout.guidance_embedding=2"))
 
 
 # Equations

@@ -129,6 +129,24 @@ def test_groups_of_one_reward_are_left_out_and_the_others_count_in_full(tiny_run
     assert float(weights.sum()) / update.denominator == pytest.approx(1)
 
 
+class RoundedApart(Red):
+    """One reward for all images, but for what float32 leaves between equal numbers."""
+
+    def score(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        return {"reward": 1 + 1.2e-7 * (torch.arange(len(images)) % 2)}
+
+
+@pytest.mark.parametrize("method", ["rwr", "best_of_n"])
+def test_rounding_is_no_preference(tiny_run: Compose, method: str) -> None:
+    parts = assembly.assemble(tiny_run(*DOUBLE, f"method={method}"))
+    parts.stack.reward = RoundedApart()
+    _, experience = collected(parts)
+    assert experience.kept == []
+    assert experience.metrics["constant_groups"] == 1
+    assert experience.metrics["reward_std"] > 0
+    assert experience.metrics["nearly_constant_groups"] == 1
+
+
 @pytest.mark.parametrize("method", ["rwr", "best_of_n"])
 def test_nothing_is_learned_from_a_constant_reward(tiny_run: Compose, method: str) -> None:
     parts = assembly.assemble(tiny_run(*DOUBLE, f"method={method}"))

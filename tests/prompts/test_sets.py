@@ -46,7 +46,9 @@ def test_weights_give_each_tag_its_share() -> None:
     prompts = [Prompt(f"{tag}/{i}", f"{tag}{i}", {"tag": tag}) for tag, size in sizes.items() for i in range(size)]
     weights = {"position": 7.0, "counting": 5.0, "single_object": 0.0}
     chances = sets.probabilities(prompts, 1, weights)
-    by_tag = {tag: sum(p for p, each in zip(chances, prompts, strict=True) if each.metadata["tag"] == tag) for tag in sizes}
+    by_tag = {
+        tag: sum(p for p, each in zip(chances, prompts, strict=True) if each.metadata["tag"] == tag) for tag in sizes
+    }
     assert by_tag == pytest.approx({"position": 7 / 12, "counting": 5 / 12, "single_object": 0})
     drawn = [sets.draw(prompts, 1, 0, iteration, weights)[0].metadata["tag"] for iteration in range(600)]
     assert Counter(drawn)["position"] / 600 == pytest.approx(7 / 12, abs=0.05)

@@ -44,7 +44,9 @@ def test_settings_fit_the_class(reward: str, name: str, domain: str, settings: d
 
 
 @pytest.mark.parametrize("domain", ["shapes", "photo"])
-@pytest.mark.parametrize(("name", "mode"), [("geneval", "soft"), ("geneval_strict", "strict"), ("geneval_soft", "soft")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("geneval", "soft"), ("geneval_strict", "strict"), ("geneval_soft", "soft")]
+)
 def test_geneval_is_partial_credit(name: str, mode: str, domain: str) -> None:
     """What Flow-GRPO (section 4.1) and DiffusionNFT train on; ``geneval_soft`` is its old name."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -53,7 +55,9 @@ def test_geneval_is_partial_credit(name: str, mode: str, domain: str) -> None:
     assert part == name.removesuffix("_soft")
     assert node[domain].mode == mode
     assert reward.get("renamed") == (
-        "geneval_soft is called geneval now; the old name goes with the next release" if name == "geneval_soft" else None
+        "geneval_soft is called geneval now; the old name goes with the next release"
+        if name == "geneval_soft"
+        else None
     )
 
 

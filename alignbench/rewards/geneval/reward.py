@@ -98,8 +98,8 @@ def score_scene(record: Record, scene: DetectedScene) -> dict[str, float]:
     """The scores of one image, with the keys ``SCORES`` and ``geneval_soft_released``.
 
     ``geneval``, ``geneval_strict`` and ``geneval_soft`` are the official, strict and partial-credit rules;
-    ``exact_scene`` is 1 if the strict rule holds and nothing else is there; ``objects_per_image`` counts the accepted objects; ``invalid_share`` is the share
-    of the image's blobs that are no object of the world, 0 in an empty image.
+    ``exact_scene`` is 1 if the strict rule holds and nothing else is there; ``objects_per_image`` counts the accepted
+    objects; ``invalid_share`` is the share of the image's blobs that are no object of the world, 0 in an empty image.
     """
     blobs = len(scene.objects) + scene.invalid
     return {

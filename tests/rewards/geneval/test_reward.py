@@ -150,5 +150,7 @@ def test_a_prompt_of_another_world_is_named(record: Mapping[str, Any]) -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reward mode is 'hard': expected one of soft, soft_released, strict, official"):
+    with pytest.raises(
+        ConfigError, match="reward mode is 'hard': expected one of soft, soft_released, strict, official"
+    ):
         GenevalReward("hard")  # type: ignore[arg-type]
