@@ -100,9 +100,9 @@ def test_the_page_says_what_the_dry_run_says(recipe: str, tmp_path: Path) -> Non
     [
         # 48 prompts x 24 images; 10 steps; 9 times x (old, current, reference)
         ("diffusion_nft_geneval_sd35", 1152 * 10, 1152 * 9 * 3, 1152 * 9),
-        # guidance takes two passes; 9 steps x (current, reference); the unconditional pass has no gradient
-        ("flow_grpo_geneval_sd35", 1152 * 10 * 2, 1152 * 9 * 2 * 2, 1152 * 9),
-        # 192 trunks of 9 steps, 6 branches at each of them that walk 9 + ... + 1 steps; both passes have a gradient
+        # guidance takes two passes; 9 steps x (current, reference); both passes have a gradient
+        ("flow_grpo_geneval_sd35", 1152 * 10 * 2, 1152 * 9 * 2 * 2, 1152 * 9 * 2),
+        # 192 trunks of 9 steps, 6 branches at each of them that walk 9 + ... + 1 steps; as Flow-GRPO
         ("tempflow_grpo_geneval_sd35", 192 * (9 + 6 * 45) * 2, 192 * 54 * 2 * 2, 192 * 54 * 2),
         ("srpo_hpsv2_flux", 32 * 25, 32 * 2, 32 * 2),
         # pairs are read; winner and loser x (current, reference)
