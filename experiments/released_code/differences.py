@@ -164,7 +164,7 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
         yield (
             f"TempFlow-GRPO on {reward}: what is dropped",
             "a branch that no step tells apart, as released",
-            "every branch of a step by itself, as here before 0.1",
+            "every branch of a step by itself, as the reference was run",
             dropped(reward),
         )
     s = pipeline_grid(10, shift=3.0).double()[-2]
