@@ -78,7 +78,8 @@ def read_file(path: Path) -> list[Prompt]:
             raise DataError(f"{where}: the prompt {text!r} was already given as {first.id}, with other metadata")
         repeats += first.id != f"{path.stem}/{number - 1:05d}"
     if repeats:
-        tell(f"{path}: {len(prompts):,} prompts; {repeats:,} lines that repeat one of them are left out")
+        left_out = "1 line that repeats one is" if repeats == 1 else f"{repeats:,} lines that repeat one are"
+        tell(f"{path}: {len(prompts):,} prompts; {left_out} left out")
     return list(prompts.values())
 
 

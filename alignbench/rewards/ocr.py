@@ -87,8 +87,8 @@ class OcrScore(Reward):
 # Letters before which an apostrophe is none that opens a quotation: not those of scripts without spaces between words.
 LETTER = "[^\\W\\u2e80-\\u9fff\\uac00-\\ud7af\\uf900-\\uffdc]"
 MARKS = (
-    re.compile("“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|»([^«]*)«|「([^」]*)」|『([^』]*)』|＂([^＂]*)＂"),  # noqa: RUF001
-    re.compile(rf"(?<!{LETTER})['‘](?=\S)((?:(?!\s['‘]).)+?)(?<=\S)['’](?!{LETTER})", re.DOTALL),  # noqa: RUF001
+    re.compile("“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|»([^«]*)«|「([^」]*)」|『([^』]*)』|＂([^＂]*)＂"),
+    re.compile(rf"(?<!{LETTER})['‘](?=\S)((?:(?!\s['‘]).)+?)(?<=\S)['’](?!{LETTER})", re.DOTALL),
 )
 """Quotation marks other than ", by precedence: typographic ones, then single ones."""
 

@@ -145,10 +145,14 @@ def test_missing_labels_are_no_winners(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_a_data_set(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    def read(path: Path) -> None:
+        folder = opened(path)
+        assert folder.prompts
+        folder[0]
+
+    path = saved(tmp_path / "set", **columns)
     with pytest.raises(DataError, match=message):
-        for folder in [opened(saved(tmp_path / "set", **columns))]:
-            assert folder.prompts
-            folder[0]
+        read(path)
 
 
 def test_images_are_never_enlarged(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_weights_give_each_tag_its_share() -> None:
     prompts = [Prompt(f"{tag}/{i}", f"{tag}{i}", {"tag": tag}) for tag, size in sizes.items() for i in range(size)]
     weights = {"position": 7.0, "counting": 5.0, "single_object": 0.0}
     chances = sets.probabilities(prompts, 1, weights)
-    by_tag = {tag: sum(p for p, each in zip(chances, prompts, strict=True) if each.metadata["tag"] == tag) for tag in sizes}
+    by_tag = {
+        tag: sum(p for p, each in zip(chances, prompts, strict=True) if each.metadata["tag"] == tag) for tag in sizes
+    }
     assert by_tag == pytest.approx({"position": 7 / 12, "counting": 5 / 12, "single_object": 0})
     drawn = [sets.draw(prompts, 1, 0, iteration, weights)[0].metadata["tag"] for iteration in range(600)]
     assert Counter(drawn)["position"] / 600 == pytest.approx(7 / 12, abs=0.05)
@@ -202,6 +204,59 @@ def test_data_sets_that_cannot_be_used(
 def test_a_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: cannot be read as a data set with the split 'fit'"):
         sets.load("dataset", "train", str(tmp_path / "nowhere"), COLUMNS | {"splits": {"train": "fit"}})
+
+
+def test_foreign_folders_that_are_broken(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ``datasets`` raises: one sentence that names the folder or the file."""
+    import os
+
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def refused(folder: Path, message: str, split: str = "train") -> None:
+        with pytest.raises(DataError, match=message):
+            sets.load("dataset", "train", str(folder), COLUMNS | {"tag": None, "splits": {"train": split}})
+
+    def folder(name: str, content: bytes) -> Path:
+        made = tmp_path / name.replace(".", "_")
+        made.mkdir()
+        (made / name).write_bytes(content)
+        return made
+
+    datasets.Dataset.from_dict({"caption": ["a cat"] * 500}).to_parquet(tmp_path / "good.parquet")
+    content = (tmp_path / "good.parquet").read_bytes()
+    refused(
+        folder("train.parquet", content[:-40]), "train_parquet/train.parquet: cannot be read as a data set .*footer"
+    )
+    refused(folder("middle.parquet", content[:10] + bytes(40) + content[50:]), "middle_parquet: cannot be read")
+    for name, damaged, reason in (
+        ("train.jsonl", b'{"caption": "a"}\n{"caption":', "JSON parse error"),
+        ("train.csv", b"caption\na\n1,2,3\n\xff", "Expected 1 fields"),
+    ):
+        refused(folder(name, damaged), f"{name.replace('.', '_')}: cannot be read as a data set .*{reason}")
+    marker = tmp_path / "ran"
+    script = f"open({str(marker)!r}, 'w')\n".encode()
+    refused(folder("script.py", script).rename(tmp_path / "script"), "script.py: a data-set script is never run")
+    refused(tmp_path / "script" / "script.py", "script.py: a data-set script is never run")
+    assert not marker.exists()
+    for name, damage in {
+        "dataset_dict.json": b"[]",
+        "fit/state.json": b'{"_data_files": 3}',
+        "fit/dataset_info.json": b"[" * 5000,
+        "fit/data-00000-of-00001.arrow": b"ARROW1",
+    }.items():
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(damage)
+        refused(saved, "captions: (cannot be read as a data set|its rows cannot be read)", "fit")
+        (saved / name).write_bytes(whole)
+    os.mkfifo(saved / "fit" / "pipe.arrow")
+    refused(saved, r"pipe\.arrow: expected a regular file", "fit")
+
+
+def test_files_of_another_split() -> None:
+    with pytest.raises(ConfigError, match="files names no file of the split 'eval': add it, or set files=null"):
+        sets.load("dataset", "test", "x", COLUMNS | {"files": {"fit": "train.json"}})
 
 
 @pytest.mark.parametrize("name", ["pickapic", "hpdv2", "parti_prompts", "drawbench"])
