@@ -269,16 +269,14 @@ class Images(Subject):
             "resolution": [3, own.size[1], own.size[0]],
             "weights": "images from a folder: solver, steps and noise are not known",
         }
-        whole = suite_of(config, own)
-        if whole:
-            description["part"] = f"{len(own.prompts)} of the {whole} prompts of {config.prompts.source}"
         self.protocol = description | {"hash": config_hash(description)}
-        self.protocols = self.protocol, self.protocol
-        if whole:
+        if whole := suite_of(config, own):
+            self.protocol["part"] = f"{len(own.prompts)} of the {whole} prompts of its suite"
             tell(
-                f"{own.folder}: {description['part']}; the scores have a protocol of their own "
-                f"({self.protocol['hash']}) and are not compared with those of all prompts"
+                f"{own.folder}: {self.protocol['part']}; the scores have a protocol of their own "
+                f"({self.protocol['hash']}) and stand in no column with those of all prompts"
             )
+        self.protocols = self.protocol, self.protocol
 
         def measuring(folder: SampledImages) -> Callable[[Callable[[], None]], Evaluation]:
             def draw(chosen: Sequence[int]) -> Tensor:

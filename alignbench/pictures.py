@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from alignbench.errors import DataError
 from alignbench.outside import foreign, opened, read_bytes
@@ -91,13 +91,14 @@ def from_array(value: Any, where: str) -> Image.Image:
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
     """One sentence for whatever Pillow raises."""
-    try:
-        with foreign(where, "not an image that can be read: expected PNG, JPEG or WebP"):
+    expected = "not an image that can be read: expected PNG, JPEG or WebP"
+    with foreign(where, expected):
+        try:
             yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{where}: an image of too many pixels; up to {MOST_PIXELS:,} are read: make it smaller"
-        ) from error
+        except UnidentifiedImageError as error:  # its message names an object in memory
+            raise DataError(f"{where}: {expected}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise DataError(f"{where}: too many pixels; up to {MOST_PIXELS:,} are read: make it smaller") from error
 
 
 def _check_size(image: Image.Image, where: str) -> None:

@@ -386,14 +386,14 @@ def test_a_part_of_a_suite_says_so_and_has_a_protocol_of_its_own(
         with open_dict(config):
             config.prompts = {"source": "geneval", "split": "train", "path": None, "balance": "tag"}
             config.model.domain, config.reward.parts.red.photo = "photo", {"_target_": "tests.stand_ins.Red"}
-        return json.loads((evaluate(config) / "run.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((evaluate(config) / "run.json").read_text())
 
     runs = [score("a photo of a bench"), score("a photo of a bench", "a photo of a cow")]
     assert runs[0]["final_protocol_hash"] != runs[1]["final_protocol_hash"]
-    assert [run["final_protocol"]["part"] for run in runs] == [f"{n} of the 553 prompts of geneval" for n in (1, 2)]
+    assert [run["final_protocol"]["part"] for run in runs] == [f"{n} of the 553 prompts of its suite" for n in (1, 2)]
     told = capsys.readouterr().err
     for count, run in enumerate(runs, start=1):
-        assert f"{tmp_path / str(count)}: {count} of the 553 prompts of geneval" in told
+        assert f"{tmp_path / str(count)}: {count} of the 553 prompts of its suite" in told
         assert run["final_protocol_hash"] in told
     assert "part" not in score("a photo of a bench", "a photo of a cow", "something else")["final_protocol"]
 

@@ -37,7 +37,7 @@ def evaluate(folder: Path, judge: PhotoJudge) -> Iterator[Row]:
 
 
 def _rows(prompt: PromptImages, judge: PhotoJudge) -> Iterator[Row]:
-    images = [np.asarray(pictures.read(path)) for path in prompt.images]
+    images = [np.array(pictures.read(path)) for path in prompt.images]
     if len({image.shape for image in images}) == 1:
         found = judge.find(np.stack(images), [prompt.record] * len(images))
     else:

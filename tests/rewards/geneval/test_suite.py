@@ -172,7 +172,7 @@ GOOD = json.dumps(suite.single_object("dog"))
         (['{"tag": "x", "prompt": "y"}'], '"include" is missing'),
         (['{"prompt": "y", "include": [{"class": "dog", "count": 1}]}'], '"tag" is missing'),
         (['{"tag": "x", "prompt": "y", "include": []}'], 'expected a list of clauses .* under "include", got'),
-        (['{"tag": "x", "prompt": "y", "include": [{"count": 1}]}'], r'include\[0\]: expected .* under "class", got noth'),
+        (['{"tag": "x", "prompt": "y", "include": [{"count": 1}]}'], r'include\[0\]: expected .*"class", got nothing'),
         (
             ['{"tag": "x", "prompt": "y", "include": [{"class": "dog", "count": 0}]}'],
             r'include\[0\]: expected a whole number of 1 or more under "count", got 0',
