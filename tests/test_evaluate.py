@@ -390,11 +390,13 @@ def test_a_part_of_a_suite_says_so_and_has_a_protocol_of_its_own(
 
     runs = [score("a photo of a bench"), score("a photo of a bench", "a photo of a cow")]
     assert runs[0]["final_protocol_hash"] != runs[1]["final_protocol_hash"]
-    assert [run["final_protocol"]["part"] for run in runs] == [f"{n} of the 553 prompts of its suite" for n in (1, 2)]
+    assert [scored["final_protocol"]["part"] for scored in runs] == [
+        f"{n} of the 553 prompts of its suite" for n in (1, 2)
+    ]
     told = capsys.readouterr().err
-    for count, run in enumerate(runs, start=1):
+    for count, scored in enumerate(runs, start=1):
         assert f"{tmp_path / str(count)}: {count} of the 553 prompts of its suite" in told
-        assert run["final_protocol_hash"] in told
+        assert scored["final_protocol_hash"] in told
     assert "part" not in score("a photo of a bench", "a photo of a cow", "something else")["final_protocol"]
 
 

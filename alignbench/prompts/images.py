@@ -46,29 +46,31 @@ def read_index(folder: Path) -> Iterator[Entry]:
 class CaptionedImages:
     """A folder with an index, see ``read_index``.
 
-    Several lines may have one caption. Files are read when they are asked for; see ``pictures`` for what is an image.
+    Several lines may have one caption. All images have one size; see ``pictures`` for what is an image.
 
     Args:
         folder: where the index is.
 
     Raises:
-        DataError: the index cannot be read, or a line is no such object.
+        DataError: the index cannot be read, a line is no such object, a file is no image by its header, or two sizes.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / INDEX).exists():
             raise DataError(f"{folder}: expected a folder with an index {INDEX} of lines {PER_LINE}")
+        entries = list(read_index(self.folder))
+        self.size = pictures.size(entries[0].file)
         self.files: dict[str, list[Path]] = {}
-        self.size: tuple[int, int] | None = None
-        for entry in read_index(self.folder):
+        for entry in entries:
             self.files.setdefault(entry.text, []).append(entry.file)
+            self._check_size(entry.file, pictures.size(entry.file))
 
     def draw(self, prompt: Prompt, rng: np.random.Generator) -> NDArray[np.uint8]:
         """One of the prompt's images, at random: uint8 ``[height, width, 3]``.
 
         Raises:
-            DataError: no image has this caption, its file cannot be read, or it has another size than those before.
+            DataError: no image has this caption, or its file is damaged or has changed.
         """
         if prompt.text not in self.files:
             raise DataError(
@@ -78,8 +80,10 @@ class CaptionedImages:
         files = self.files[prompt.text]
         file = files[int(rng.integers(len(files)))]
         image = pictures.read(file)
-        self.size = self.size or image.size
-        if image.size != self.size:
-            sizes = " x ".join(map(str, image.size)), " x ".join(map(str, self.size))
-            raise DataError(f"{file}: {sizes[0]} pixels, but others have {sizes[1]}; resize the images to one size")
+        self._check_size(file, image.size)
         return np.asarray(image)
+
+    def _check_size(self, file: Path, size: tuple[int, int]) -> None:
+        if size != self.size:
+            sizes = " x ".join(map(str, size)), " x ".join(map(str, self.size))
+            raise DataError(f"{file}: {sizes[0]} pixels, but others have {sizes[1]}; resize the images to one size")
