@@ -1,5 +1,6 @@
 """Prompts of data sets: on the hub, or on disk in a form that ``datasets`` reads."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +124,11 @@ def open_data(path: str, split: str, files: Mapping[str, str] | None = None, rev
     folder = Path(path)
     _check_local(folder)
     try:
-        if any((folder / name).exists() for name in SAVED):
+        if any(os.path.exists(folder / name) for name in SAVED):
             saved = datasets.load_from_disk(path)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(
-            path, split=split, data_files=files, revision=None if folder.exists() else revision
+            path, split=split, data_files=files, revision=None if os.path.exists(path) else revision
         )
     except (*FAULTS, *faults()) as error:
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
@@ -140,11 +141,12 @@ def open_data(path: str, split: str, files: Mapping[str, str] | None = None, rev
 
 def _check_local(path: Path) -> None:
     """Refuse what would run code or never end."""
-    script = path / f"{path.resolve().name}.py" if path.is_dir() else path
-    if script.suffix == ".py" and script.exists():
+    is_folder = os.path.isdir(path)
+    script = path / f"{path.resolve().name}.py" if is_folder else path
+    if script.suffix == ".py" and os.path.exists(script):
         raise DataError(f"{script}: a data-set script is never run; give a folder with its data files instead")
-    for each in path.rglob("*"):
-        if each.exists() and not (each.is_file() or each.is_dir()):
+    for each in path.rglob("*") if is_folder else ():
+        if os.path.exists(each) and not (os.path.isfile(each) or os.path.isdir(each)):
             raise DataError(f"{each}: expected a regular file, not a pipe, socket or device")
 
 
@@ -152,7 +154,7 @@ def _damaged(folder: Path) -> Path | None:
     """The first Parquet file of a folder whose footer cannot be read."""
     from pyarrow import parquet
 
-    for file in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+    for file in sorted(folder.rglob("*.parquet")) if os.path.isdir(folder) else ():
         try:
             parquet.read_schema(file)
         except (*FAULTS, *faults()):

@@ -1,5 +1,6 @@
 """Real images with captions in a folder, for methods that learn from images instead of samples."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class CaptionedImages:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / INDEX).exists():
+        if not os.path.exists(self.folder / INDEX):
             raise DataError(f"{folder}: expected a folder with an index {INDEX} of lines {PER_LINE}")
         entries = list(read_index(self.folder))
         self.size = pictures.size(entries[0].file)

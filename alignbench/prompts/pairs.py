@@ -1,5 +1,6 @@
 """Preference data sets on disk: a caption, two images and which of them is better, with Pick-a-Pic's columns."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class PairFolder:
                 raise ConfigError(f"method.algorithm.dataset.{name} is {value}: it must be 1 or more, or null")
         self.path, self.resolution = Path(path), resolution
         self.caption, self.images = caption, tuple(images)
-        if not self.path.is_dir():
+        if not os.path.isdir(path):
             raise DataError(f"{path}: no such folder; expected Parquet files or what Dataset.save_to_disk wrote")
         self.data = open_data(path, split)
         columns = [caption, *images, *labels, *([has_label] if has_label else [])]

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,9 @@ class SampledImages:
             DataError: no such folder, no prompts in it, a prompt without images or with two records, a file that is no
                 image, two sizes, or prompts of one tag with different numbers of images.
         """
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise DataError(f"{folder}: no such folder of images")
-        found = _by_prompt(read_index(folder) if (folder / INDEX).exists() else _geneval(folder))
+        found = _by_prompt(read_index(folder) if os.path.exists(folder / INDEX) else _geneval(folder))
         size = pictures.size(found[0][1][0])
         for file in (file for _, files in found for file in files):
             _check_size(file, pictures.size(file), size)

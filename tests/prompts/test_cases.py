@@ -16,6 +16,7 @@ from alignbench.prompts.sampled import SampledImages
 from alignbench.rewards.geneval import suite
 from alignbench.rewards.geneval.detectors.shapes import ShapesGenevalDetector
 from alignbench.rewards.geneval.reward import GenevalReward, score_scene
+from alignbench.rewards.geneval.rules import read_rows
 from tests import input_cases
 
 SQUARE = "the GenEval record of 'a photo of a square': "
@@ -253,6 +254,24 @@ def test_samples_of_genevals_layout_may_be_png_jpeg_or_webp(tmp_path: Path, suff
     Image.new("RGB", (4, 4), "red").save(samples / f"0000.{suffix}")
     assert SampledImages.read(tmp_path).files == [[samples / f"0000.{suffix}"]]
     assert suite.read_images(tmp_path)[0].images == (samples / f"0000.{suffix}",)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "nothing", "file/below"])
+def test_paths_that_lead_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    columns = {"column": "a", "tag": None, "splits": {"train": "train"}, "files": None, "revision": None}
+    for read in (
+        lambda: sets.load("file", path=f"{path}.txt"),
+        lambda: sets.load("dataset", path=str(path), dataset=columns),
+        lambda: CaptionedImages(path),
+        lambda: SampledImages.read(path),
+        lambda: suite.read_images(path),
+        lambda: suite.read_records(path),
+        lambda: read_rows(path),
+    ):
+        with pytest.raises(DataError):
+            read()
 
 
 def test_folders_of_one_prompt_are_its_images(tmp_path: Path) -> None:

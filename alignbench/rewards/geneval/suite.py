@@ -10,6 +10,7 @@ writes the benchmark's own 553 prompts.
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ def read_images(folder: Path) -> list[PromptImages]:
     Raises:
         DataError: the folder is missing, holds no prompt, or a prompt lacks its record or its images.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: expected <index>/metadata.jsonl and <index>/samples/<number>.png in it"
         )
