@@ -33,6 +33,7 @@ from alignbench.policies.policy import Policy
 from alignbench.processes import Processes, Stopped
 from alignbench.prompts import sampled
 from alignbench.prompts.sampled import SampledImages
+from alignbench.prompts.sets import tell
 from alignbench.records import RunDirectory, config_hash, read_run
 from alignbench.rewards.reward import Reward
 from alignbench.run import stop_requested, verdict
@@ -269,6 +270,12 @@ class Images(Subject):
             "weights": "images from a folder: solver, steps and noise are not known",
         }
         self.protocol = description | {"hash": config_hash(description)}
+        if whole := suite_of(config, own):
+            self.protocol["part"] = f"{len(own.prompts)} of the {whole} prompts of its suite"
+            tell(
+                f"{own.folder}: {self.protocol['part']}; the scores have a protocol of their own "
+                f"({self.protocol['hash']}) and stand in no column with those of all prompts"
+            )
         self.protocols = self.protocol, self.protocol
 
         def measuring(folder: SampledImages) -> Callable[[Callable[[], None]], Evaluation]:
@@ -298,6 +305,14 @@ class Scoring(Stack):
         self.reward, self.ledger, self.processes = reward, ledger, processes
         self.micro_batch = MicroBatch(micro_batch, ledger)
         self._reward_flops = {}
+
+
+def suite_of(config: DictConfig, images: SampledImages) -> int:
+    """How many prompts the configured suite has, if the images show a part of them and nothing else; otherwise 0."""
+    if config.prompts.source not in ("domain", *assembly.DOMAIN_PROMPTS.values()):
+        return 0
+    suite = {prompt.text for prompt in assembly.evaluated_prompts(config)}
+    return len(suite) if {prompt.text for prompt in images.prompts} < suite else 0
 
 
 def check_same(base: SampledImages, other: SampledImages) -> None:

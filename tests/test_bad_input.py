@@ -299,8 +299,8 @@ def test_file_size_limit(tiny_run: Compose) -> None:
         ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2: not valid JSON"),
         ("p.jsonl", '{"text": "a cat"}\n', 'line 1: expected an object with a non-empty "prompt"'),
         ("p.txt", "a" * 10_000 + "\n", "line 1: the prompt has 10000 characters; at most 2000"),
-        ("p.txt", "a cat\na cat\n", "line 2: the prompt 'a cat' was already given"),
-        ("p.txt", "", "no prompts in this file"),
+        ("p.jsonl", '{"prompt": "cat"}\n{"prompt": "cat", "tag": "x"}\n', "'cat' was already given as p/00000, with"),
+        ("p.txt", "", "is empty: expected a prompt per line"),
         ("p.csv", "a cat\n", "expected a .txt or .jsonl prompt file, got .csv"),
     ],
 )

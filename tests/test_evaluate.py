@@ -373,8 +373,31 @@ def test_image_folders_that_cannot_be_used(evaluating: Compose, tmp_path: Path) 
     one, other = (image_folder(tmp_path / name, {name: 1}) for name in ("one", "other"))
     refused(one, "base and other images need the same prompts", f"base_images={other}")
     (other / "00000" / "metadata.jsonl").write_text("{}")
-    refused(other, 'expected one object with a "prompt"')
+    refused(other, 'expected an object with a non-empty "prompt"')
     assert not (tmp_path / "results").exists()
+
+
+def test_a_part_of_a_suite_says_so_and_has_a_protocol_of_its_own(
+    evaluating: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def score(*texts: str) -> dict[str, Any]:
+        folder = image_folder(tmp_path / f"{len(texts)}", dict.fromkeys(texts, 1))
+        config = evaluating(f"images={folder}", "guidance=1", f"label=of{len(texts)}")
+        with open_dict(config):
+            config.prompts = {"source": "geneval", "split": "train", "path": None, "balance": "tag"}
+            config.model.domain, config.reward.parts.red.photo = "photo", {"_target_": "tests.stand_ins.Red"}
+        return json.loads((evaluate(config) / "run.json").read_text())
+
+    runs = [score("a photo of a bench"), score("a photo of a bench", "a photo of a cow")]
+    assert runs[0]["final_protocol_hash"] != runs[1]["final_protocol_hash"]
+    assert [scored["final_protocol"]["part"] for scored in runs] == [
+        f"{n} of the 553 prompts of its suite" for n in (1, 2)
+    ]
+    told = capsys.readouterr().err
+    for count, scored in enumerate(runs, start=1):
+        assert f"{tmp_path / str(count)}: {count} of the 553 prompts of its suite" in told
+        assert scored["final_protocol_hash"] in told
+    assert "part" not in score("a photo of a bench", "a photo of a cow", "something else")["final_protocol"]
 
 
 @pytest.mark.parametrize(

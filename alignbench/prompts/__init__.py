@@ -1,7 +1,8 @@
 """Prompt sets: where the prompts of training and evaluation come from.
 
 Where it fits: the run draws an iteration's prompts from a set; the evaluation walks a set in order.
-``prompt``  the record: id, text, GenEval metadata.
+``prompt``  id, text, GenEval metadata.
+``record``  the one schema of what files say of a prompt.
 ``sets``    the sets: the embedded world's captions, text files, JSONL files; and how an iteration draws from one.
 ``geneval`` GenEval's test prompts, and training prompts of its grammar that say nothing a test prompt says.
 ``hub``     prompts of data sets, on the hub or on disk.

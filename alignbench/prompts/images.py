@@ -1,57 +1,77 @@
 """Real images with captions in a folder, for methods that learn from images instead of samples."""
 
-import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from alignbench import pictures
 from alignbench.errors import DataError
+from alignbench.outside import read_json_lines, shown
+from alignbench.prompts import record
 from alignbench.prompts.prompt import Prompt
 
 INDEX = "images.jsonl"
+PER_LINE = '{"prompt": text, "image": file}'
+
+
+class Entry(NamedTuple):
+    """A line of an index: where it stands, the prompt's text and metadata, and the image's file."""
+
+    where: str
+    text: str
+    metadata: dict[str, Any]
+    file: Path
+
+
+def read_index(folder: Path) -> Iterator[Entry]:
+    """The lines of a folder's index ``images.jsonl``: an object per line, ``{"prompt": text, "image": file}``.
+
+    Files are named from the folder; other keys, such as GenEval's ``tag`` and ``include``, become the metadata.
+
+    Raises:
+        DataError: the index cannot be read, or a line is no such object; it is named.
+    """
+    path = folder / INDEX
+    for number, value in read_json_lines(path, PER_LINE):
+        where = f"{path}, line {number}"
+        if not isinstance(value, dict) or not isinstance(value.get("image"), str) or not value["image"]:
+            raise DataError(f"{where}: expected {PER_LINE}, got {shown(value)}")
+        file = folder / value.pop("image")
+        yield Entry(where, *record.read(value, where), file)
 
 
 class CaptionedImages:
-    """A folder with an index ``images.jsonl``: an object a line, ``{"prompt": caption, "image": file}``.
+    """A folder with an index, see ``read_index``.
 
-    Several lines may have one caption. Files are named from the folder and read when they are asked for; all have one
-    size.
+    Several lines may have one caption. All images have one size; see ``pictures`` for what is an image.
 
     Args:
         folder: where the index is.
 
     Raises:
-        DataError: the index cannot be read, or a line is no such object.
+        DataError: the index cannot be read, a line is no such object, a file is no image by its header, or two sizes.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.files: dict[str, list[str]] = {}
-        self.size: tuple[int, int] | None = None
-        try:
-            lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{folder}: expected a folder with an index {INDEX} of lines "
-                f'{{"prompt": caption, "image": file}} ({error})'
-            ) from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                self.files.setdefault(str(record["prompt"]), []).append(str(record["image"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f'{self.folder / INDEX}, line {number}: expected {{"prompt": caption, "image": file}}, '
-                    f"got {line[:80]!r}"
-                ) from error
+        if not os.path.exists(self.folder / INDEX):
+            raise DataError(f"{folder}: expected a folder with an index {INDEX} of lines {PER_LINE}")
+        entries = list(read_index(self.folder))
+        self.size = pictures.size(entries[0].file)
+        self.files: dict[str, list[Path]] = {}
+        for entry in entries:
+            self.files.setdefault(entry.text, []).append(entry.file)
+            self._check_size(entry.file, pictures.size(entry.file))
 
     def draw(self, prompt: Prompt, rng: np.random.Generator) -> NDArray[np.uint8]:
         """One of the prompt's images, at random: uint8 ``[height, width, 3]``.
 
         Raises:
-            DataError: no image has this caption, its file cannot be read, or it has another size than those before.
+            DataError: no image has this caption, or its file is damaged or has changed.
         """
         if prompt.text not in self.files:
             raise DataError(
@@ -59,13 +79,12 @@ class CaptionedImages:
                 "prompts=file prompts.path=FILE chooses other prompts"
             )
         files = self.files[prompt.text]
-        file = self.folder / files[int(rng.integers(len(files)))]
-        try:
-            image = Image.open(file).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{file}: not an image that can be read ({error})") from error
-        self.size = self.size or image.size
-        if image.size != self.size:
-            sizes = " x ".join(map(str, image.size)), " x ".join(map(str, self.size))
-            raise DataError(f"{file}: {sizes[0]} pixels, but others have {sizes[1]}; resize the images to one size")
+        file = files[int(rng.integers(len(files)))]
+        image = pictures.read(file)
+        self._check_size(file, image.size)
         return np.asarray(image)
+
+    def _check_size(self, file: Path, size: tuple[int, int]) -> None:
+        if size != self.size:
+            sizes = " x ".join(map(str, size)), " x ".join(map(str, self.size))
+            raise DataError(f"{file}: {sizes[0]} pixels, but others have {sizes[1]}; resize the images to one size")

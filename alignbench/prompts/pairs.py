@@ -1,14 +1,17 @@
 """Preference data sets on disk: a caption, two images and which of them is better, with Pick-a-Pic's columns."""
 
-import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from alignbench import pictures
 from alignbench.errors import ConfigError, DataError
+from alignbench.outside import foreign
+from alignbench.prompts.hub import faults, open_data
 from alignbench.prompts.prompt import Prompt
 from alignbench.seeding import generator
 
@@ -20,7 +23,8 @@ class PairFolder:
         path: a folder of Parquet files, as Pick-a-Pic is distributed, or one that ``Dataset.save_to_disk`` wrote.
         split: of a folder that has several.
         caption: the column of the prompts.
-        images: the columns of the two images: encoded files, pictures or arrays ``[height, width, 3]`` of 0 to 255.
+        images: the columns of the two images: encoded files, pictures (see ``pictures``) or arrays
+            ``[height, width, 3]`` of whole numbers from 0 to 255.
         labels: the columns of the two labels; the larger one wins, and equal ones are a tie.
         has_label: the column that is False for ties and unlabelled pairs; None if there is none.
         resolution: side in pixels that larger images are brought to: the shorter side resized, the middle kept, as the
@@ -56,7 +60,9 @@ class PairFolder:
                 raise ConfigError(f"method.algorithm.dataset.{name} is {value}: it must be 1 or more, or null")
         self.path, self.resolution = Path(path), resolution
         self.caption, self.images = caption, tuple(images)
-        self.data = _open(self.path, split)
+        if not os.path.isdir(path):
+            raise DataError(f"{path}: no such folder; expected Parquet files or what Dataset.save_to_disk wrote")
+        self.data = open_data(path, split)
         columns = [caption, *images, *labels, *([has_label] if has_label else [])]
         missing = [column for column in columns if column not in self.data.column_names]
         if missing:
@@ -64,10 +70,11 @@ class PairFolder:
                 f"{path} has no column {missing[0]!r}; it has {', '.join(self.data.column_names)}. "
                 "Name its columns under method.algorithm.dataset"
             )
-        first, second = (np.asarray(self.data[label][:], dtype=float) for label in labels)
-        decided = (first > second) | (first < second)  # false for a missing label too
-        if has_label:
-            decided &= np.asarray(self.data[has_label][:], dtype=bool)
+        with foreign(path, f"expected numbers in {', '.join(columns[3:])}", *faults()):
+            first, second = (_numbers(self.data[label][:]) for label in labels)
+            decided = (first > second) | (first < second)  # false for a missing label too
+            if has_label:
+                decided &= np.nan_to_num(_numbers(self.data[has_label][:])) != 0
         self.rows = np.flatnonzero(decided)
         self.first_wins = first > second
         if not len(self.rows):
@@ -84,10 +91,18 @@ class PairFolder:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts of the pairs, without reading an image."""
-        captions = self.data.select_columns([self.caption]).select(self.rows)[self.caption][:]
+        """The prompts of the pairs, without reading an image.
+
+        Raises:
+            DataError: a caption is empty or no text.
+        """
+        with foreign(str(self.path), "its rows cannot be read", *faults()):
+            captions = self.data.select_columns([self.caption]).select(self.rows)[self.caption][:]
+        for row, caption in zip(self.rows, captions, strict=True):
+            if not isinstance(caption, str) or not caption.strip():
+                raise DataError(f"{self.path}, row {row}: expected a text in {self.caption!r}, got {caption!r:.80}")
         rows = zip(self.rows, captions, strict=True)
-        return [Prompt(f"{self.path.name}/{row:07d}", str(caption)) for row, caption in rows]
+        return [Prompt(f"{self.path.name}/{row:07d}", caption) for row, caption in rows]
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Winner and loser of a pair, each ``[height, width, 3]``.
@@ -96,7 +111,8 @@ class PairFolder:
             DataError: an image that cannot be read, or two sizes in a pair.
         """
         row = int(self.rows[index])
-        record = self.data[row]
+        with foreign(f"{self.path}, row {row}", "cannot be read", *faults()):
+            record = self.data[row]
         first, second = (self._pixels(record[column], f"{self.path}, row {row}, {column}") for column in self.images)
         if first.shape != second.shape:
             sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (first, second))
@@ -107,13 +123,10 @@ class PairFolder:
         return (first, second) if self.first_wins[row] else (second, first)
 
     def _pixels(self, value: Any, where: str) -> NDArray[np.uint8]:
-        try:
-            image = Image.open(io.BytesIO(value)) if isinstance(value, bytes) else value
-            if not isinstance(image, Image.Image):
-                image = Image.fromarray(np.asarray(image, dtype=np.uint8))
-            image = image.convert("RGB")
-        except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: not an encoded image nor an array [height, width, 3] ({error})") from error
+        if isinstance(value, bytes):
+            image = pictures.decode(value, where)
+        else:
+            image = (pictures.as_rgb if isinstance(value, Image.Image) else pictures.from_array)(value, where)
         if self.resolution is not None:
             if min(image.size) < self.resolution:
                 raise DataError(
@@ -124,18 +137,8 @@ class PairFolder:
         return np.asarray(image)
 
 
-def _open(path: Path, split: str) -> Any:
-    """A data set on disk, memory-mapped."""
-    import datasets  # takes a second, and only this needs it
-
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; expected Parquet files or what Dataset.save_to_disk wrote")
-    datasets.disable_progress_bars()
-    try:
-        if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(str(path))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as a data set with the split {split!r} ({reason})") from error
+def _numbers(values: list[Any]) -> NDArray[np.float64]:
+    """A column of numbers or truth values, NaN where one is missing."""
+    if any(not isinstance(value, bool | int | float | None) for value in values):
+        raise TypeError("another kind of value")
+    return np.array([np.nan if value is None else value for value in values], dtype=float)

@@ -1,21 +1,28 @@
 """Folders of sampled images with their prompts: GenEval's official layout, or files with an index.
 
-``<index>/metadata.jsonl`` holds the record of one prompt, ``<index>/samples/<number>.png`` its images, as GenEval's
-scorer reads them. Without such sub-folders the folder needs ``images.jsonl``: an object an image,
-``{"prompt": text, "image": file}``; other keys, such as GenEval's ``tag`` and ``include``, become the metadata.
+``<index>/metadata.jsonl`` holds the record of one prompt, ``<index>/samples/<number>.png`` its images (or ``.jpg``,
+``.jpeg``, ``.webp``), as GenEval's scorer reads them. Without such sub-folders the folder needs ``images.jsonl``; see
+``images.read_index``.
 """
 
 import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from alignbench import pictures
 from alignbench.errors import DataError
-from alignbench.prompts.images import INDEX
+from alignbench.outside import foreign, read_json
+from alignbench.prompts import record
+from alignbench.prompts.images import INDEX, Entry, read_index
 from alignbench.prompts.prompt import Prompt
+
+RECORD = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -36,28 +43,18 @@ class SampledImages:
 
     @classmethod
     def read(cls, folder: Path) -> "SampledImages":
-        """Read a folder; of the images only the headers.
+        """Read a folder; of the images only the headers. Images of equal prompts, after stripping, are of one prompt.
 
         Raises:
-            DataError: no such folder, no prompts in it, a prompt without images, a file that is no image, two sizes, or
-                prompts of one tag with different numbers of images.
+            DataError: no such folder, no prompts in it, a prompt without images or with two records, a file that is no
+                image, two sizes, or prompts of one tag with different numbers of images.
         """
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise DataError(f"{folder}: no such folder of images")
-        found = _index(folder) if (folder / INDEX).exists() else _geneval(folder)
-        prompts = [prompt for prompt, _ in found]
-        files = [files for _, files in found]
-        size: tuple[int, int] | None = None
-        for file in (file for files in files for file in files):
-            try:
-                with Image.open(file) as image:
-                    now = image.size
-            except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"{file}: not an image that can be read ({error})") from error
-            if size is not None and now != size:
-                raise DataError(f"{file}: {now[0]} x {now[1]} pixels, but the images before have {size[0]} x {size[1]}")
-            size = now
-        assert size is not None
+        found = _by_prompt(read_index(folder) if os.path.exists(folder / INDEX) else _geneval(folder))
+        size = pictures.size(found[0][1][0])
+        for file in (file for _, files in found for file in files):
+            _check_size(file, pictures.size(file), size)
         first: dict[str, int] = {}
         for prompt, own in found:
             tag = str(prompt.metadata.get("tag", "prompt"))
@@ -67,81 +64,86 @@ class SampledImages:
                     f"{folder}: {len(own)} images of {prompt.text!r}, but {count} of the first prompt of its tag "
                     f"({tag}); every prompt of a tag needs as many"
                 )
-        return cls(folder, prompts, files, size)
+        return cls(folder, [prompt for prompt, _ in found], [files for _, files in found], size)
 
     def pixels(self, prompt: int, image: int) -> NDArray[np.uint8]:
         """An image, ``[height, width, 3]``.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged, or has changed.
         """
         file = self.files[prompt][image]
-        try:
-            return np.asarray(Image.open(file).convert("RGB"))
-        except OSError as error:
-            raise DataError(f"{file}: not an image that can be read ({error})") from error
+        picture = pictures.read(file)
+        _check_size(file, picture.size, self.size)
+        return np.asarray(picture)
 
 
-def _geneval(folder: Path) -> list[tuple[Prompt, list[Path]]]:
-    numbered = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
-    if not numbered:
-        raise DataError(
-            f"{folder}: images without prompts; expected GenEval's layout (00000/metadata.jsonl, "
-            f'00000/samples/0000.png) or an index {INDEX} with a line {{"prompt": text, "image": file}} an image'
-        )
-    parts = sorted(numbered, key=lambda path: int(path.name))
-    return [(_prompt(number, part / "metadata.jsonl"), _samples(part)) for number, part in enumerate(parts)]
+def samples(part: Path) -> list[Path]:
+    """The images of one prompt in GenEval's layout, in the order of their numbers.
 
+    Files whose name is no number are skipped.
 
-def _prompt(number: int, path: Path) -> Prompt:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        text = record["prompt"]
-        if not text.strip():
-            raise ValueError("an empty prompt")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{path}: expected one object with a "prompt" ({type(error).__name__}: {error})') from error
-    return Prompt(f"images/{number:05d}", text, {} if set(record) == {"prompt"} else record)
-
-
-def _samples(part: Path) -> list[Path]:
-    numbered = [path for path in (part / "samples").glob("*.png") if path.stem.isdigit()]
-    if not numbered:
-        raise DataError(f"{part / 'samples'}: no image of this prompt; expected names such as 0000.png")
-    return sorted(numbered, key=lambda path: int(path.stem))
-
-
-def _index(folder: Path) -> list[tuple[Prompt, list[Path]]]:
-    path = folder / INDEX
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a UTF-8 text ({error})") from error
-    found: dict[str, tuple[Prompt, list[Path]]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            text, file = record["prompt"], folder / record.pop("image")
-            if not text.strip():
-                raise ValueError("an empty prompt")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f'{path}, line {number}: expected {{"prompt": text, "image": file}}, got {line[:80]!r}'
-            ) from error
-        metadata = {} if set(record) == {"prompt"} else record
-        prompt, files = found.setdefault(text, (Prompt(f"images/{len(found):05d}", text, metadata), []))
-        if prompt.metadata != metadata:
-            raise DataError(f"{path}, line {number}: other metadata than the earlier images of {text!r} have")
-        files.append(file)
+    Raises:
+        DataError: there are none, or two have one number.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted((part / "samples").glob("*")):
+        if path.stem.isdecimal() and path.suffix.lower() in pictures.SUFFIXES:
+            other = found.setdefault(int(path.stem), path)
+            if other != path:
+                raise DataError(f"{path} and {other.name} have one number: every image once")
     if not found:
-        raise DataError(f"{path}: no images in this index")
+        raise DataError(f"{part / 'samples'}: no image of this prompt; expected names such as 0000.png")
+    return [found[number] for number in sorted(found)]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The sub-folders of GenEval's layout, whose names are numbers, in their order.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    with foreign(str(folder), "cannot be read as a folder"):
+        parts = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(parts, key=lambda path: (int(path.name), path.name))
+
+
+def _geneval(folder: Path) -> Iterator[Entry]:
+    parts = numbered(folder)
+    if not parts:
+        raise DataError(
+            f"{folder}: images without prompts; expected GenEval's layout (00000/{RECORD}, 00000/samples/0000.png) or "
+            f'an index {INDEX} with {{"prompt": text, "image": file}} per line'
+        )
+    for part in parts:
+        text, metadata = record.read(read_json(part / RECORD), str(part / RECORD))
+        for file in samples(part):
+            yield Entry(str(part / RECORD), text, metadata, file)
+
+
+def _by_prompt(entries: Iterable[Entry]) -> list[tuple[Prompt, list[Path]]]:
+    found: dict[str, tuple[Prompt, list[Path]]] = {}
+    for entry in entries:
+        prompt = Prompt(f"images/{len(found):05d}", entry.text, entry.metadata)
+        first, files = found.setdefault(entry.text, (prompt, []))
+        if first.metadata != entry.metadata:
+            raise DataError(f"{entry.where}: other metadata than the earlier images of {entry.text!r} have")
+        files.append(entry.file)
     return list(found.values())
 
 
+def _check_size(file: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    if size != expected:
+        sizes = " x ".join(map(str, size)), " x ".join(map(str, expected))
+        raise DataError(f"{file}: {sizes[0]} pixels, but the images before have {sizes[1]}")
+
+
 def write(folder: Path, number: int, prompt: Prompt, image: int, pixels: NDArray[np.uint8]) -> None:
-    """Write one image of one prompt, ``[height, width, 3]``, in GenEval's layout."""
-    samples = folder / f"{number:05d}" / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
-    record = dict(prompt.metadata) | {"prompt": prompt.text}
-    (samples.parent / "metadata.jsonl").write_text(json.dumps(record), encoding="utf-8")
-    Image.fromarray(pixels).save(samples / f"{image:04d}.png")
+    """Write one image of one prompt, ``[height, width, 3]``, in GenEval's layout. Links are replaced, not followed."""
+    directory = folder / f"{number:05d}" / "samples"
+    directory.mkdir(parents=True, exist_ok=True)
+    about, file = directory.parent / RECORD, directory / f"{image:04d}.png"
+    for path in (about, file):
+        path.unlink(missing_ok=True)
+    about.write_text(json.dumps(dict(prompt.metadata) | {"prompt": prompt.text}), encoding="utf-8")
+    Image.fromarray(pixels).save(file)

@@ -1,8 +1,10 @@
 """Prompt sets and how an iteration draws from one."""
 
-import json
+import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignbench.errors import ConfigError, DataError
+from alignbench.outside import read_json_lines, read_lines
+from alignbench.prompts import record
 from alignbench.prompts.prompt import Prompt
 from alignbench.seeding import generator
 from alignbench.settings import construct
 
 Split = Literal["train", "tuning", "test", "all"]
 Balance = Literal["tag", "none"] | Mapping[str, float]
-LONGEST_PROMPT = 2_000  # characters; the longest text encoders read 512 tokens
+PER_LINE = 'an object with a "prompt"'
 
 
 def load(
@@ -27,14 +31,15 @@ def load(
     Args:
         source: ``"shapes"`` (captions of the embedded world), ``"geneval"``, ``"file"`` or ``"dataset"``.
         split: ``"train"``, ``"tuning"``, ``"test"`` or ``"all"``, for sources that have splits.
-        path: of a ``.txt`` (a prompt a line) or ``.jsonl`` file (an object a line with the key ``prompt``; the other
-            keys, for example GenEval's ``tag`` and ``include``, become the metadata); or a data set's hub id or folder.
+        path: of a ``.txt`` (a prompt per line) or ``.jsonl`` file (an object per line with the key ``prompt``; the
+            other keys, for example GenEval's ``tag`` and ``include``, become the metadata); or a data set's hub id or
+            folder.
         dataset: where a data set has its prompts, see ``hub.PromptColumns``.
 
     Raises:
         ConfigError: unknown source, or a split that it does not have.
-        DataError: unreadable file, empty line, invalid JSON, over-long or repeated prompt; the line is named. A data
-            set that cannot be read or lacks a column.
+        DataError: unreadable file, blank line before the last, invalid JSON, over-long prompt, a GenEval record that
+            is none, a repeat with other metadata; the line is named. A data set that cannot be read or lacks a column.
     """
     if source == "shapes":
         from alignbench.shapes.captions import split as captions
@@ -43,7 +48,7 @@ def load(
     if source == "file":
         if path is None:
             raise ConfigError(
-                "prompts=file needs prompts.path=FILE (.txt: a prompt a line; .jsonl: objects with a prompt)"
+                "prompts=file needs prompts.path=FILE (.txt: a prompt per line; .jsonl: objects with a prompt)"
             )
         return read_file(Path(path))
     if source == "geneval":
@@ -60,38 +65,37 @@ def load(
 
 
 def read_file(path: Path) -> list[Prompt]:
-    """Read a ``.txt`` or ``.jsonl`` prompt file; see ``load``."""
+    """Read a ``.txt`` or ``.jsonl`` prompt file; see ``load``. Repeats are left out, and their number told once."""
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path}: expected a .txt or .jsonl prompt file, got {path.suffix or 'no suffix'}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a UTF-8 prompt file ({error})") from error
-    if lines == [""]:
-        raise DataError(f"{path}: no prompts in this file")
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
+    repeats = 0
+    for number, line in _lines(path):
         where = f"{path}, line {number}"
-        if not line.strip():
-            raise DataError(f"{where}: empty; every line must hold a prompt, delete it")
-        record = _record(line, where) if path.suffix == ".jsonl" else {"prompt": line.strip()}
-        text = record["prompt"]
-        if len(text) > LONGEST_PROMPT:
-            raise DataError(f"{where}: the prompt has {len(text)} characters; at most {LONGEST_PROMPT} are accepted")
-        if text in prompts:
-            raise DataError(f"{where}: the prompt {text!r} was already given as {prompts[text].id}; every prompt once")
-        prompts[text] = Prompt(f"{path.stem}/{number - 1:05d}", text, {} if set(record) == {"prompt"} else record)
+        text, metadata = record.read(line, where)
+        first = prompts.setdefault(text, Prompt(f"{path.stem}/{number - 1:05d}", text, metadata))
+        if first.metadata != metadata:
+            raise DataError(f"{where}: the prompt {text!r} was already given as {first.id}, with other metadata")
+        repeats += first.id != f"{path.stem}/{number - 1:05d}"
+    if repeats:
+        left_out = "1 line that repeats one is" if repeats == 1 else f"{repeats:,} lines that repeat one are"
+        tell(f"{path}: {len(prompts):,} prompts; {left_out} left out")
     return list(prompts.values())
 
 
-def _record(line: str, where: str) -> dict[str, str]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise DataError(f'{where}: expected an object with a non-empty "prompt", got {line[:80]!r}')
-    return record
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix == ".jsonl":
+        yield from read_json_lines(path, PER_LINE)
+    else:
+        for number, line in read_lines(path, "a prompt"):
+            yield number, {"prompt": line}
+
+
+@cache
+def tell(note: str) -> None:
+    """Say something on standard error once, on the first process of a run alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int, iteration: int, balance: Balance = "tag") -> list[Prompt]:

@@ -4,6 +4,8 @@ Source: Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), text rendering. Which eng
 theirs was PaddleOCR.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -49,8 +51,8 @@ class RapidOcr:
 class OcrScore(Reward):
     """``1 - min(distance, n) / n`` for a quoted text of n characters, in [0, 1].
 
-    The distance is Levenshtein's between what was read and what was asked for, both in lower case without spaces; it is
-    0 if the text asked for stands anywhere in what was read. An image with a pixel that is not finite has NaN.
+    The distance is Levenshtein's between what was read and what was asked for, both in lower case without white space;
+    it is 0 if the text asked for stands anywhere in what was read. An image with a pixel that is not finite has NaN.
 
     Args:
         engine: what reads the images.
@@ -66,7 +68,7 @@ class OcrScore(Reward):
         self._read: Reader = RapidOcr() if isinstance(engine, str) else engine
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Every prompt needs a text in double quotes; see ``quoted``."""
+        """Every prompt needs a quoted text; see ``quoted``."""
         for prompt in prompts:
             quoted(prompt)
 
@@ -82,23 +84,42 @@ class OcrScore(Reward):
         return {"reward": torch.tensor(scores, dtype=torch.float32, device=images.device).where(finite, torch.nan)}
 
 
+# Letters before which an apostrophe is none that opens a quotation: not those of scripts without spaces between words.
+LETTER = "[^\\W\\u2e80-\\u9fff\\uac00-\\ud7af\\uf900-\\uffdc]"
+MARKS = (
+    re.compile("“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|»([^«]*)«|「([^」]*)」|『([^』]*)』|＂([^＂]*)＂"),
+    re.compile(rf"(?<!{LETTER})['‘](?=\S)((?:(?!\s['‘]).)+?)(?<=\S)['’](?!{LETTER})", re.DOTALL),
+)
+"""Quotation marks other than ", by precedence: typographic ones, then single ones."""
+
+
 def quoted(prompt: Prompt) -> str:
-    """The first text in double quotes of a prompt.
+    """The text that a prompt asks for: the first one in double quotes, ``"OPEN"``, as in the released code.
+
+    A prompt without a pair of those asks for its first text in typographic marks: “ ”, „ “, « », » «, 「 」, 『 』 or
+    ＂ ＂. One without these either asks for its first text in single ones, 'OPEN' or ‘OPEN’; an apostrophe in a word is
+    none.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is empty.
     """
     parts = prompt.text.split('"')
-    if len(parts) < 3 or not plain(parts[1]):
+    found = parts[1] if len(parts) > 2 else next(filter(None, (_first(marks, prompt.text) for marks in MARKS)), "")
+    if not plain(found):
         raise DataError(
             f'prompt {prompt.id} ({prompt.text!r}) quotes no text: expected one such as a sign that says "OPEN"'
         )
-    return parts[1]
+    return found
+
+
+def _first(marks: re.Pattern[str], text: str) -> str:
+    """The first text in marks that is not blank; empty if there is none."""
+    return next((found for match in marks.finditer(text) if (found := match[match.lastindex or 0]).strip()), "")
 
 
 def plain(text: str) -> str:
-    """Lower case, without spaces."""
-    return text.replace(" ", "").lower()
+    """Lower case, without white space, in Unicode's composed form."""
+    return "".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
 def likeness(read: str, wanted: str) -> float:

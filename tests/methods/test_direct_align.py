@@ -511,6 +511,8 @@ def test_images_that_cannot_be_used(tiny_run: Compose, folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "ab1.png")
     with pytest.raises(DataError, match="resize the images to one size"):
         collected(parts)
+    with pytest.raises(DataError, match="resize the images to one size"):
+        prepared(tiny_run, "srpo", f"method.algorithm.images={folder}")
     for file in folder.glob("*.png"):
         Image.new("RGB", (8, 8)).save(file)
     with pytest.raises(DataError, match=r"have latents \[4, 4, 4\], but the model works on \[4, 8, 8\]"):

@@ -134,14 +134,25 @@ def test_missing_labels_are_no_winners(tmp_path: Path) -> None:
         ({"label_1": []}, r"has no column 'label_1'; it has caption, jpg_0"),
         ({"label_0": [0.5, 0.5], "label_1": [0.5, 0.5]}, "holds 2 pairs, and none of them has a winner"),
         ({"has_label": [False, False]}, "none of them has a winner"),
-        ({"jpg_0": [b"no picture"] * 2}, "row 0, jpg_0: not an encoded image"),
-        ({"jpg_0": ["red.png", "red.png"]}, "row 0, jpg_0: not an encoded image"),
+        ({"jpg_0": [b"no picture"] * 2}, "row 0, jpg_0: not an image that can be read: expected PNG, JPEG or WebP"),
+        ({"jpg_0": ["red.png", "red.png"]}, r"row 0, jpg_0: expected an array \[height, width, 3\]"),
+        ({"jpg_0": [[[[0.5, 0.5, 0.5]]]] * 2}, "row 0, jpg_0: expected an array .* of whole numbers from 0 to 255"),
+        ({"jpg_0": [[[[0, 0, 256]]]] * 2}, "got values from 0 to 256"),
+        ({"label_0": ["a", "b"]}, "expected numbers in label_0, label_1, has_label"),
+        ({"has_label": ["False", "False"]}, "expected numbers in label_0, label_1, has_label"),
+        ({"caption": ["", "b"]}, "row 0: expected a text in 'caption', got ''"),
         ({"jpg_1": [png((0, 0, 0), 4, 8)] * 2}, "row 0: the two images have 8 x 8 and 4 x 8 pixels"),
     ],
 )
 def test_what_is_wrong_with_a_data_set(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    def read(path: Path) -> None:
+        folder = opened(path)
+        assert folder.prompts
+        folder[0]
+
+    path = saved(tmp_path / "set", **columns)
     with pytest.raises(DataError, match=message):
-        opened(saved(tmp_path / "set", **columns))[0]
+        read(path)
 
 
 def test_images_are_never_enlarged(tmp_path: Path) -> None:

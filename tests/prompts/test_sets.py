@@ -206,6 +206,59 @@ def test_a_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         sets.load("dataset", "train", str(tmp_path / "nowhere"), COLUMNS | {"splits": {"train": "fit"}})
 
 
+def test_foreign_folders_that_are_broken(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ``datasets`` raises: one sentence that names the folder or the file."""
+    import os
+
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def refused(folder: Path, message: str, split: str = "train") -> None:
+        with pytest.raises(DataError, match=message):
+            sets.load("dataset", "train", str(folder), COLUMNS | {"tag": None, "splits": {"train": split}})
+
+    def folder(name: str, content: bytes) -> Path:
+        made = tmp_path / name.replace(".", "_")
+        made.mkdir()
+        (made / name).write_bytes(content)
+        return made
+
+    datasets.Dataset.from_dict({"caption": ["a cat"] * 500}).to_parquet(tmp_path / "good.parquet")
+    content = (tmp_path / "good.parquet").read_bytes()
+    refused(
+        folder("train.parquet", content[:-40]), "train_parquet/train.parquet: cannot be read as a data set .*footer"
+    )
+    refused(folder("middle.parquet", content[:10] + bytes(40) + content[50:]), "middle_parquet: cannot be read")
+    for name, damaged, reason in (
+        ("train.jsonl", b'{"caption": "a"}\n{"caption":', "JSON parse error"),
+        ("train.csv", b"caption\na\n1,2,3\n\xff", "Expected 1 fields"),
+    ):
+        refused(folder(name, damaged), f"{name.replace('.', '_')}: cannot be read as a data set .*{reason}")
+    marker = tmp_path / "ran"
+    script = f"open({str(marker)!r}, 'w')\n".encode()
+    refused(folder("script.py", script).rename(tmp_path / "script"), "script.py: a data-set script is never run")
+    refused(tmp_path / "script" / "script.py", "script.py: a data-set script is never run")
+    assert not marker.exists()
+    for name, damage in {
+        "dataset_dict.json": b"[]",
+        "fit/state.json": b'{"_data_files": 3}',
+        "fit/dataset_info.json": b"[" * 5000,
+        "fit/data-00000-of-00001.arrow": b"ARROW1",
+    }.items():
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(damage)
+        refused(saved, "captions: (cannot be read as a data set|its rows cannot be read)", "fit")
+        (saved / name).write_bytes(whole)
+    os.mkfifo(saved / "fit" / "pipe.arrow")
+    refused(saved, r"pipe\.arrow: expected a regular file", "fit")
+
+
+def test_files_of_another_split() -> None:
+    with pytest.raises(ConfigError, match="files names no file of the split 'eval': add it, or set files=null"):
+        sets.load("dataset", "test", "x", COLUMNS | {"files": {"fit": "train.json"}})
+
+
 @pytest.mark.parametrize("name", ["pickapic", "hpdv2", "parti_prompts", "drawbench"])
 def test_the_prompts_of_published_data_sets_are_read_from_a_folder_of_their_layout(name: str, tmp_path: Path) -> None:
     """Their columns and splits, as their cards state them, in a folder made here; nothing is downloaded."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from alignbench.errors import ConfigError, DataError
 from alignbench.prompts.prompt import Prompt
-from alignbench.rewards.ocr import OcrScore, RapidOcr, levenshtein, likeness
+from alignbench.rewards.ocr import OcrScore, RapidOcr, levenshtein, likeness, quoted
 
 SIGN = Prompt("0", 'a sign that says "Open Now", red')
 
@@ -73,13 +73,54 @@ def test_the_distance_is_the_recursive_one(a: str, b: str) -> None:
     assert levenshtein(a, b) == distance(len(a), len(b))
 
 
-@given(st.text(min_size=1).filter(lambda text: text.replace(" ", "")), st.text())
+@given(st.text(min_size=1).filter(str.split), st.text())
 def test_scores_are_between_0_and_1(wanted: str, read: str) -> None:
     assert 0 <= likeness(read, wanted) <= 1
     assert likeness(wanted, wanted) == 1
 
 
-@pytest.mark.parametrize("text", ["a sign", 'a 5" disk', 'says ""', 'says " "'])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('a sign that says "OPEN"', "OPEN"),
+        ('"A" above "B"', "A"),  # of several the first
+        ('a 5" disk that says "OPEN"', " disk that says "),  # as the released code reads it
+        ("a sign that says “OPEN”, “NOW”", "OPEN"),
+        ('“A” above "B", a “C”', "B"),  # these marks first, wherever they stand
+        ('a 5" disk that says “OPEN”', "OPEN"),
+        ("ein Schild „OFFEN“", "OFFEN"),
+        ("ein Schild „OFFEN”", "OFFEN"),
+        ("ein Schild »OFFEN«", "OFFEN"),
+        ("une enseigne « OUVERT »", " OUVERT "),
+        ("写着「你好」的牌子", "你好"),
+        ("『営業中』の看板", "営業中"),
+        ("＂안녕＂ 간판", "안녕"),
+        ("写着'你好'的牌子", "你好"),
+        ("“” and “B”", "B"),
+        ("a sign that says 'OPEN'", "OPEN"),
+        ("a shop's sign, the owners' pride, that says 'OPEN'", "OPEN"),
+        ("it says 'it's open'", "it's open"),
+        ("a '90s diner that says 'OPEN'", "OPEN"),
+        ("a shop’s sign that says ‘OPEN’", "OPEN"),
+        ("a sign that says 'OPEN' and “NOW”", "NOW"),  # typographic marks before single ones
+    ],
+)
+def test_what_a_prompt_quotes(text: str, wanted: str) -> None:
+    assert quoted(Prompt("0", text)) == wanted
+    score = OcrScore(Engine(wanted)).score(numbered(1), [Prompt("0", text)])["reward"]
+    assert score.tolist() == [1]
+
+
+def test_spaces_and_composition_do_not_count() -> None:
+    assert likeness("你好", "你\u3000好") == 1
+    assert likeness("caf\u00e9", "CAFE\u0301") == 1
+    assert likeness("한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8") == 1
+    assert likeness("你们", "你好") == 0.5
+
+
+@pytest.mark.parametrize(
+    "text", ["a sign", 'a 5" disk', 'says ""', 'says " "', "a shop's sign", "the owners' cars", "“ ”", "says '' now"]
+)
 def test_prompts_without_a_quoted_text_are_refused_before_any_work(text: str) -> None:
     reward = OcrScore(Engine())
     reward.check([SIGN])

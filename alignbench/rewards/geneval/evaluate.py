@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from alignbench.errors import AlignbenchError, DataError
-from alignbench.rewards.geneval.photo import CLIP, CLIP_WEIGHTS, DETECTOR, PhotoJudge
+from alignbench import pictures
+from alignbench.errors import AlignbenchError
+from alignbench.prompts.prompt import Prompt
+from alignbench.rewards.geneval.photo import CLIP, CLIP_WEIGHTS, DETECTOR, PhotoJudge, photo_record
 from alignbench.rewards.geneval.rules import Row, Summary, make_row, official, summarise, write_rows
 from alignbench.rewards.geneval.suite import PromptImages, read_images
 
@@ -26,14 +26,18 @@ def evaluate(folder: Path, judge: PhotoJudge) -> Iterator[Row]:
     """The rows of all images of a folder, prompt by prompt.
 
     Raises:
-        DataError: the folder does not have the benchmark's layout, or a file is no image.
+        DataError: the folder does not have the benchmark's layout, a record is not of the 80 classes, or a file is no
+            image.
     """
-    for prompt in read_images(folder):
+    prompts = read_images(folder)
+    for prompt in prompts:
+        photo_record(Prompt(f"{folder}/{prompt.index:05d}", prompt.record["prompt"], prompt.record))
+    for prompt in prompts:
         yield from _rows(prompt, judge)
 
 
 def _rows(prompt: PromptImages, judge: PhotoJudge) -> Iterator[Row]:
-    images = [_read(path) for path in prompt.images]
+    images = [np.array(pictures.read(path)) for path in prompt.images]
     if len({image.shape for image in images}) == 1:
         found = judge.find(np.stack(images), [prompt.record] * len(images))
     else:
@@ -41,13 +45,6 @@ def _rows(prompt: PromptImages, judge: PhotoJudge) -> Iterator[Row]:
     for path, image, detections in zip(prompt.images, images, found, strict=True):
         verdict = official(prompt.record, detections, judge.colour_of(image))
         yield make_row(str(path), prompt.record, detections, verdict)
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise DataError(f"{path} is not an image that can be read: {error}") from error
 
 
 def describe(summary: Summary, name: str) -> str:

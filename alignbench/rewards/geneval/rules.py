@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignbench.errors import DataError
+from alignbench.outside import read_json_lines, shown
 
 Box = tuple[float, float, float, float]
 Record = Mapping[str, Any]
@@ -307,7 +308,7 @@ def make_row(filename: str, record: Record, found: Found, verdict: Verdict) -> R
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a result file, one image a line."""
+    """Writes a result file, one image per line."""
     path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
 
 
@@ -315,26 +316,21 @@ def read_rows(path: Path) -> list[Row]:
     """Reads a result file of ours or of the official scorer.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a result; the line is named.
+        DataError: the file cannot be read, or a line is not a result; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read GenEval results from {path}: {error}") from error
-    if not lines:
-        raise DataError(f"{path} is empty: expected one GenEval result (a JSON object) a line")
-    return [_parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [_row(value, f"{path}, line {number}") for number, value in read_json_lines(path, "a GenEval result")]
 
 
-def _parse_row(line: str, place: str) -> Row:
-    try:
-        held = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: expected a GenEval result as JSON, got {line[:80]!r} ({error})") from error
+def _row(value: object, where: str) -> Row:
     names = [each.name for each in fields(Row)]
-    if not isinstance(held, dict) or any(name not in held for name in names) or type(held["correct"]) is not bool:
-        raise DataError(f"{place}: expected an object with {', '.join(names)}, got {line[:80]!r}")
-    return Row(**{name: held[name] for name in names})
+    if not isinstance(value, dict) or any(name not in value for name in names):
+        raise DataError(f"{where}: expected an object with {', '.join(names)}, got {shown(value)}")
+    for name in names:
+        kind = bool if name == "correct" else str
+        if type(value[name]) is not kind:
+            expected = "true or false" if kind is bool else "a text"
+            raise DataError(f'{where}: expected {expected} under "{name}", got {shown(value[name])}')
+    return Row(**{name: value[name] for name in names})
 
 
 @dataclass(frozen=True)

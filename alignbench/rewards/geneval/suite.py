@@ -1,8 +1,7 @@
 """The prompts of GenEval: vocabulary, grammar, generator, and the files that the benchmark's scorer reads.
 
-A record is the metadata of one prompt: ``tag``, ``include`` (clauses that must all hold), ``exclude`` (clauses none
-of which may hold; counting only) and ``prompt``. A clause names a ``class`` and a ``count``, with an optional ``color``
-and an optional ``position``, ``[relation, k]``, relative to the objects of the earlier include clause ``k``.
+A record is the metadata of one prompt: ``tag``, ``include``, ``exclude`` (counting only) and ``prompt``; see
+``alignbench.prompts.record``.
 
     python -m alignbench.rewards.geneval.suite --seed 43 -n 100 --output DIR
 
@@ -11,8 +10,8 @@ writes the benchmark's own 553 prompts.
 
 import argparse
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alignbench.errors import DataError
+from alignbench.outside import read_json, read_json_lines
+from alignbench.prompts.record import RELATIONS, read
+from alignbench.prompts.sampled import RECORD, numbered, samples
 from alignbench.rewards.geneval.rules import Record
 
 METADATA_FILE = "evaluation_metadata.jsonl"
@@ -44,8 +46,6 @@ OBJECTS = (
 
 # Index = index of the colour classifier's largest logit.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-
-RELATIONS = ("left of", "right of", "above", "below")
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -157,7 +157,7 @@ def _draw_color_attr(rng: np.random.Generator) -> Record:
 
 
 def write_prompts(folder: Path, records: Iterable[Record]) -> None:
-    """Writes ``evaluation_metadata.jsonl`` (a record a line) and ``generation_prompts.txt`` (a prompt a line)."""
+    """Writes ``evaluation_metadata.jsonl`` (a record per line) and ``generation_prompts.txt`` (a prompt per line)."""
     records = list(records)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METADATA_FILE).write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
@@ -165,70 +165,20 @@ def write_prompts(folder: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads a file of records, one JSON object a line.
+    """Reads a file of records, one JSON object per line.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a record; the line is named.
+        DataError: the file cannot be read, or a line is not a record with a tag; the line is named.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in file]
-    except OSError as error:
-        raise DataError(f"cannot read GenEval records from {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file in UTF-8: {error}") from error
-    if not lines:
-        raise DataError(f"{path} is empty: expected one GenEval record (a JSON object) a line")
-    return [_parse_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [_record(value, f"{path}, line {number}") for number, value in read_json_lines(path, "a GenEval record")]
 
 
-def _parse_record(text: str, place: str) -> Record:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: expected a GenEval record as JSON, got {text[:80]!r} ({error})") from error
-    fault = _fault(record)
-    if fault is not None:
-        raise DataError(f"{place}: not a GenEval record: {fault}")
-    return dict(record)
-
-
-def _fault(record: object) -> str | None:
-    """What keeps an object from being a record; None if it is one."""
-    if not isinstance(record, Mapping):
-        return f"expected an object with tag, include and prompt, got {json.dumps(record)[:80]}"
-    for key in ("tag", "prompt"):
-        if not isinstance(record.get(key), str):
-            return f"expected a text under {key!r}, got {record.get(key)!r}"
-    if not isinstance(record.get("include"), list) or not record["include"]:
-        return f"expected a list of clauses under 'include', got {record.get('include')!r}"
-    if not isinstance(record.get("exclude", []), list):
-        return f"expected a list of clauses under 'exclude', got {record['exclude']!r}"
-    clauses = [("include", index, item) for index, item in enumerate(record["include"])]
-    clauses += [("exclude", index, item) for index, item in enumerate(record.get("exclude", []))]
-    for key, index, item in clauses:
-        fault = _clause_fault(item, index)
-        if fault is not None:
-            return f"{key}[{index}]: {fault}"
-    return None
-
-
-def _clause_fault(item: object, index: int) -> str | None:
-    if not isinstance(item, Mapping) or not isinstance(item.get("class"), str):
-        return f"expected an object with class and count, got {json.dumps(item)[:80]}"
-    if type(item.get("count")) is not int or item["count"] < 1:
-        return f"expected a count of 1 or more, got {item.get('count')!r}"
-    if "color" in item and not isinstance(item["color"], str):
-        return f"expected the name of a colour, got {item['color']!r}"
-    if "position" in item:
-        match item["position"]:
-            case [str(relation), int(reference)] if relation in RELATIONS and 0 <= reference < index:
-                return None
-        return (
-            f"expected a position [relation, k] with a relation of {', '.join(RELATIONS)} and k the index of an "
-            f"earlier clause, got {item['position']!r}"
-        )
-    return None
+def _record(value: object, where: str) -> Record:
+    text, record = read(value, where)
+    for key in ("tag", "include"):
+        if key not in record:
+            raise DataError(f'{where}: the GenEval record of {text!r}: "{key}" is missing')
+    return record
 
 
 # ------------------------------------------------------------------------------------------------ image folders
@@ -265,38 +215,22 @@ def write_images(folder: Path, index: int, record: Record, images: Sequence[NDAr
 def read_images(folder: Path) -> list[PromptImages]:
     """Reads a folder in the benchmark's layout, prompts and images in numerical order.
 
-    Sub-folders whose name is not a number are skipped, and so are samples whose name does not begin with a number
-    followed by ``.png``.
+    Sub-folders and samples whose name is not a number are skipped; see ``sampled.samples``.
 
     Raises:
         DataError: the folder is missing, holds no prompt, or a prompt lacks its record or its images.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{folder} is not a folder: expected <index>/metadata.jsonl and <index>/samples/<number>.png in it"
         )
-    prompt_folders = sorted(
-        (path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+", path.name)),
-        key=lambda path: int(path.name),
-    )
-    if not prompt_folders:
+    parts = numbered(folder)
+    if not parts:
         raise DataError(f"{folder} holds no prompt: expected sub-folders named by number, such as 00000")
-    return [_read_prompt_folder(path) for path in prompt_folders]
-
-
-def _read_prompt_folder(folder: Path) -> PromptImages:
-    metadata = folder / "metadata.jsonl"
-    records = read_records(metadata)
-    if len(records) != 1:
-        raise DataError(f"{metadata} has {len(records)} lines: expected the record of one prompt")
-    numbered: list[tuple[int, Path]] = []
-    for path in folder.glob("samples/*"):
-        match = re.match(r"(\d+)\.png", path.name)
-        if match:
-            numbered.append((int(match[1]), path))
-    if not numbered:
-        raise DataError(f"{folder / 'samples'} holds no image: expected names such as 0000.png")
-    return PromptImages(int(folder.name), records[0], tuple(path for _, path in sorted(numbered)))
+    return [
+        PromptImages(int(part.name), _record(read_json(part / RECORD), str(part / RECORD)), tuple(samples(part)))
+        for part in parts
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ command

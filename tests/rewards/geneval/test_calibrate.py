@@ -66,7 +66,7 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is empty"),
-        ("{", "line 1: expected a GenEval result as JSON"),
+        ("{", "line 1: not valid JSON"),
         ('{"tag": "colors"}', "line 1: expected an object with filename, tag"),
     ],
 )
@@ -74,5 +74,5 @@ def test_files_that_are_no_results(tmp_path: Path, text: str, message: str) -> N
     (tmp_path / "results.jsonl").write_text(text)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / "results.jsonl")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         read_rows(tmp_path / "gone.jsonl")

@@ -266,4 +266,4 @@ def test_a_folder_without_the_layout_is_an_error_message(
     prompt.images[0].write_bytes(b"no image")
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--output", str(tmp_path / "results.jsonl"), *models])
-    assert "is not an image that can be read" in capsys.readouterr().err
+    assert "not an image that can be read" in capsys.readouterr().err

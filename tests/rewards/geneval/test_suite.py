@@ -165,27 +165,29 @@ GOOD = json.dumps(suite.single_object("dog"))
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, ""], r"line 2: expected a GenEval record as JSON, got ''"),
-        ([GOOD, GOOD, '{"tag": "x"'], "line 3: expected a GenEval record as JSON"),
-        (["[1]"], "line 1: not a GenEval record: expected an object with tag, include and prompt"),
-        (['{"tag": "x", "include": []}'], "expected a text under 'prompt', got None"),
-        (['{"tag": "x", "prompt": "y", "include": []}'], "expected a list of clauses under 'include'"),
-        (['{"tag": "x", "prompt": "y", "include": [{"count": 1}]}'], r"include\[0\]: expected an object with class"),
+        ([GOOD, "", GOOD], r"line 2: empty; every line must hold a GenEval record"),
+        ([GOOD, GOOD, '{"tag": "x"'], "line 3: not valid JSON"),
+        (["[1]"], 'line 1: expected an object with a non-empty "prompt"'),
+        (['{"tag": "x", "include": []}'], 'line 1: expected an object with a non-empty "prompt"'),
+        (['{"tag": "x", "prompt": "y"}'], '"include" is missing'),
+        (['{"prompt": "y", "include": [{"class": "dog", "count": 1}]}'], '"tag" is missing'),
+        (['{"tag": "x", "prompt": "y", "include": []}'], 'expected a list of clauses .* under "include", got'),
+        (['{"tag": "x", "prompt": "y", "include": [{"count": 1}]}'], r'include\[0\]: expected .*"class", got nothing'),
         (
             ['{"tag": "x", "prompt": "y", "include": [{"class": "dog", "count": 0}]}'],
-            r"include\[0\]: expected a count of 1 or more, got 0",
+            r'include\[0\]: expected a whole number of 1 or more under "count", got 0',
         ),
         (
             ['{"tag": "x", "prompt": "y", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog"}]}'],
-            r"exclude\[0\]: expected a count of 1 or more, got None",
+            r'exclude\[0\]: expected a whole number of 1 or more under "count", got nothing',
         ),
         (
             ['{"tag": "x", "prompt": "y", "include": [{"class": "dog", "count": 1}], "exclude": 3}'],
-            "expected a list of clauses under 'exclude', got 3",
+            'expected a list of clauses .* under "exclude", got 3',
         ),
         (
             ['{"tag": "x", "prompt": "y", "include": [{"class": "dog", "count": 1, "color": 3}]}'],
-            r"include\[0\]: expected the name of a colour, got 3",
+            r'include\[0\]: expected the name of a colour under "color", got 3',
         ),
     ],
 )
@@ -210,13 +212,13 @@ def test_malformed_positions(tmp_path: Path, position: object) -> None:
 
 
 def test_missing_empty_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*missing\.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"missing\.jsonl: cannot be read \(No such file"):
         suite.read_records(tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="is empty"):
         suite.read_records(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not a text file in UTF-8"):
+    with pytest.raises(DataError, match="line 1: cannot be read: not a text in UTF-8"):
         suite.read_records(tmp_path / "binary.jsonl")
 
 
@@ -251,13 +253,16 @@ def test_images_survive_a_folder(tmp_path: Path) -> None:
 def test_only_numbered_samples_are_read_in_numerical_order(tmp_path: Path) -> None:
     prompt = suite.write_images(tmp_path, 0, suite.single_object("dog"), [noise(0)])
     samples = tmp_path / "00000" / "samples"
-    for name in ("10.png", "9.png", "grid.png", "x1.png", "5.jpg"):
+    for name in ("10.png", "9.PNG", "grid.png", "x1.png", "5.jpg", "6.webp", "7.txt"):
         (samples / name).write_bytes(prompt.images[0].read_bytes())
     (tmp_path / "00000" / "grid.png").write_bytes(prompt.images[0].read_bytes())
     (tmp_path / "notes").mkdir()
     (tmp_path / "results.jsonl").touch()
     (only,) = suite.read_images(tmp_path)
-    assert [path.name for path in only.images] == ["0000.png", "9.png", "10.png"]
+    assert [path.name for path in only.images] == ["0000.png", "5.jpg", "6.webp", "9.PNG", "10.png"]
+    (samples / "05.jpeg").write_bytes(prompt.images[0].read_bytes())
+    with pytest.raises(DataError, match="have one number"):
+        suite.read_images(tmp_path)
 
 
 def test_incomplete_folders(tmp_path: Path) -> None:
@@ -266,14 +271,14 @@ def test_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no prompt"):
         suite.read_images(tmp_path)
     suite.write_images(tmp_path, 0, suite.single_object("dog"), [])
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="no image of this prompt"):
         suite.read_images(tmp_path)
     metadata = tmp_path / "00000" / "metadata.jsonl"
     metadata.write_text(f"{GOOD}\n{GOOD}\n")
-    with pytest.raises(DataError, match="has 2 lines"):
+    with pytest.raises(DataError, match="not valid JSON"):
         suite.read_images(tmp_path)
     metadata.unlink()
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         suite.read_images(tmp_path)
 
 
