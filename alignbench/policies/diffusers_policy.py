@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignbench.errors import ConfigError
+from alignbench.foreign import reading
 from alignbench.policies.policy import Condition, Policy
-from alignbench.policies.saved_pipeline import WeightSource, load_pipeline, local_folder, model_without_weights
+from alignbench.policies.saved_pipeline import WHOLE, WeightSource, load_pipeline, local_folder, model_without_weights
 from alignbench.policies.weights import Weights, add_lora
 
 MOST_GRAPHS = 64  # of a compiled denoiser; torch would run what comes after 8 without compiling it
@@ -184,7 +185,9 @@ class DiffusersPolicy(Policy):
     @classmethod
     def check_source(cls, source: str | Path, revision: str | None = None) -> None:
         """Checks a checkpoint that is to be loaded later; one of the hub is downloaded. Raises as `load` does."""
-        cls.check_checkpoint(local_folder(source, revision, cls.pipeline_class, weights="pretrained"))
+        folder = local_folder(source, revision, cls.pipeline_class, weights="pretrained")
+        with reading(folder, WHOLE):
+            cls.check_checkpoint(folder)
 
     @classmethod
     def denoiser_without_weights(cls, source: str | Path, revision: str | None = None) -> Any:
