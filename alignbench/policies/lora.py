@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from alignbench.errors import CheckpointError
@@ -275,6 +274,8 @@ def _scales(
     name: str,
 ) -> dict[str, float]:
     """What PEFT multiplies the update of each layer by, when it is put into the denoiser as the pipeline does it."""
+    from peft.tuners.lora import LoraLayer  # takes seconds to import, and only files of LoRA need it
+
     metadata = None
     if settings is not None:
         targets = [layer for layer, module in denoiser.named_modules() if f"{layer}.lora_A.weight" in state]
