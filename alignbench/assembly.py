@@ -23,6 +23,7 @@ from alignbench.evaluation import Evaluator, Protocol, Samples, tag_of
 from alignbench.ledger import Budget, Ledger
 from alignbench.methods.method import BatchSize, Method
 from alignbench.policies.diffusers_policy import DiffusersPolicy
+from alignbench.policies.lora import Lora, read_lora
 from alignbench.policies.policy import Policy
 from alignbench.processes import Processes
 from alignbench.prompts import sets
@@ -231,6 +232,16 @@ def check_source(config: DictConfig, source: str) -> None:
         CheckpointError: there is no such checkpoint, or it is not one of this family, or not whole.
     """
     needs.policy_class(config.model).check_source(source)
+
+
+def lora(config: DictConfig, source: str) -> Lora:
+    """A LoRA of the configured model.
+
+    Raises:
+        CheckpointError: it cannot be read, or is one of another model.
+    """
+    policy = embedded(_plain(config.model.policy))
+    return read_lora(source, needs.policy_class(config.model), policy["source"], policy.get("revision"))
 
 
 def abstract_policy(config: DictConfig) -> DiffusersPolicy:

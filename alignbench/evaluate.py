@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from omegaconf import DictConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alignbench import assembly, base_evaluation, schema
@@ -28,7 +27,7 @@ from alignbench.configuration import CONF, identity, plain, reward_name
 from alignbench.errors import AlignbenchError, CheckpointError, ConfigError, DataError, RecordError
 from alignbench.evaluation import Evaluation, Evaluator, Samples, tag_of
 from alignbench.ledger import Ledger
-from alignbench.policies.lora import policy_error, read_lora
+from alignbench.policies.denoiser import install_denoiser, is_pipeline, local_denoiser
 from alignbench.policies.policy import Policy
 from alignbench.processes import Processes, Stopped
 from alignbench.prompts import sampled
@@ -147,12 +146,12 @@ class Weights(Subject):
         self._reward = assembly.trained_reward(config, processes)
         self._scorers = assembly.scorers(config, processes)
         self._prompts = assembly.evaluated_prompts(config)
-        self._sha256 = digest(task.checkpoint) if task.checkpoint else None
-        self._lora = read_lora(task.lora) if task.lora else None
-        whole = task.checkpoint is not None and _is_pipeline(task.checkpoint)
-        self._own = task.checkpoint if whole else None  # needs a policy of its own
-        if self._own is not None:
+        self._lora = assembly.lora(config, task.lora) if task.lora else None
+        self._own = task.checkpoint if task.checkpoint and is_pipeline(task.checkpoint) else None
+        if self._own is not None:  # it needs a policy of its own
             assembly.check_source(config, self._own)  # it is loaded only after the base has been scored
+        self._denoiser = local_denoiser(task.checkpoint) if task.checkpoint and not self._own else None
+        self._sha256 = digest(str(self._denoiser or task.checkpoint)) if task.checkpoint else None
         self._loaded: Policy | None = None
         self._evaluator = self._base()
         policy = self._evaluator.stack.policy
@@ -171,7 +170,8 @@ class Weights(Subject):
 
     def settings(self) -> dict[str, Any]:
         if self._lora:
-            return {"lora": self.task.lora, "sha256": digest(str(self._lora.source))}
+            described = {"lora": self.task.lora, "sha256": digest(str(self._lora.source))}
+            return described | ({"config_sha256": digest(str(self._lora.config))} if self._lora.config else {})
         return {"checkpoint": self.task.checkpoint, "sha256": self._sha256} if self.task.checkpoint else {}
 
     def prepare(self) -> None:
@@ -198,14 +198,11 @@ class Weights(Subject):
     def _base(self) -> Evaluator:
         """The base model, with the view ``evaluation`` where its weights fit the base's layers."""
         if self._lora:
-            try:
-                policy = assembly.pretrained(self.config, self.processes, **self._lora.settings())
-            except ConfigError as error:
-                raise policy_error(self._lora, self.config.model.name, error) from error
+            policy = assembly.pretrained(self.config, self.processes, **self._lora.settings())
             self._lora.install(policy, "evaluation")
-        elif self.task.checkpoint and not self._own:
+        elif self._denoiser is not None:
             policy = assembly.pretrained(self.config, self.processes, trainable="full")
-            install_denoiser(Path(self.task.checkpoint), policy)
+            install_denoiser(self._denoiser, policy)
         else:
             policy = assembly.pretrained(self.config, self.processes)
         return self._evaluating(policy)
@@ -352,29 +349,6 @@ def saving(draw: Draw, samples: Samples, folder: Path) -> Draw:
         return images
 
     return draw_and_save
-
-
-def install_denoiser(folder: Path, policy: Policy) -> None:
-    """Put the weights of a saved denoiser into a policy's new view ``evaluation``.
-
-    Raises:
-        CheckpointError: no safetensors weights, or not those of this model.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: expected a pipeline (model_index.json) or a denoiser's safetensors weights")
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    own = policy.trainable_parameters()
-    wrong = [name for name in own if name not in state or own[name].shape != state[name].shape]
-    wrong += [name for name in state if name not in own and name.endswith((".weight", ".bias"))]  # others are buffers
-    if wrong:
-        raise CheckpointError(f"{folder}: not a denoiser of this model; {len(wrong)} weights differ, first {wrong[0]}")
-    policy.load_state_dict(policy.state_dict() | {f"evaluation/{name}": state[name] for name in own})
-
-
-def _is_pipeline(source: str) -> bool:
-    """Whether a checkpoint is a whole pipeline; hub ids are."""
-    return not Path(source).is_dir() or (Path(source) / "model_index.json").exists()
 
 
 def digest(source: str) -> str | None:

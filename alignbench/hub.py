@@ -9,12 +9,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+LONGEST = 400  # characters of a library's message
 # By name: which HTTP library is behind the hub's client depends on its version.
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 
 
 def refusal(error: BaseException) -> str:
-    """Why nothing came, and what would help; the error's first line where the hub is not the reason.
+    """Why nothing came, and what would help; what the error says, on one line, where the hub is not the reason.
 
     Libraries that load models raise errors of their own around those of the hub, so the causes are looked through.
     """
@@ -38,7 +39,16 @@ def refusal(error: BaseException) -> str:
             )
         if isinstance(cause, EntryNotFoundError):
             return "its repository has no such file"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, at most 400 characters; with its class where that is no sentence, as of KeyError."""
+    text = " ".join(str(error).split()).rstrip(".")
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    if " " in text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -23,7 +23,7 @@ PLACES: dict[str, Callable[[], Any]] = {
     "flux": lambda: FluxPolicy.from_pretrained(NAME),
     "sdxl": lambda: StableDiffusionXLPolicy.from_pretrained(NAME),
     "random weights": lambda: StableDiffusion3Policy.from_pretrained(NAME, weights="random"),
-    "lora": lambda: read_lora(NAME),
+    "lora": lambda: read_lora(NAME, FluxPolicy, NAME),
     "pickscore": lambda: PickScore(NAME),
     "mask2former": lambda: Mask2FormerDetector(NAME),
     "file of weights": lambda: weights_file(f"{NAME}/HPS_v2.1.pt"),
@@ -88,5 +88,7 @@ def test_a_revision_and_a_file_that_are_not_there(answer: Callable[[int | None, 
 
 
 def test_other_errors_speak_for_themselves() -> None:
-    assert refusal(OSError("a disk\nof which little is known")) == "a disk"
+    assert refusal(OSError("a disk\nof which  little is known.")) == "a disk of which little is known"
     assert refusal(KeyError()) == "KeyError"
+    assert refusal(KeyError("weight_map")) == "KeyError: 'weight_map'"
+    assert refusal(RuntimeError("size mismatch " * 100)).endswith(" ...")

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignbench.errors import ConfigError
+from alignbench.foreign import reading
 from alignbench.policies.policy import Condition, Policy
-from alignbench.policies.saved_pipeline import WeightSource, load_pipeline, local_folder
+from alignbench.policies.saved_pipeline import WHOLE, WeightSource, load_pipeline, local_folder, model_without_weights
 from alignbench.policies.weights import Weights, add_lora
 
 MOST_GRAPHS = 64  # of a compiled denoiser; torch would run what comes after 8 without compiling it
@@ -184,7 +185,20 @@ class DiffusersPolicy(Policy):
     @classmethod
     def check_source(cls, source: str | Path, revision: str | None = None) -> None:
         """Checks a checkpoint that is to be loaded later; one of the hub is downloaded. Raises as `load` does."""
-        cls.check_checkpoint(local_folder(source, revision, cls.pipeline_class, weights="pretrained"))
+        folder = local_folder(source, revision, cls.pipeline_class, weights="pretrained")
+        with reading(folder, WHOLE):
+            cls.check_checkpoint(folder)
+
+    @classmethod
+    def denoiser_without_weights(cls, source: str | Path, revision: str | None = None) -> Any:
+        """The denoiser of a checkpoint on the meta device: its layers and their shapes, from its configuration.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or its configuration is not one of the denoiser's class.
+        """
+        folder = local_folder(source, revision, cls.pipeline_class, weights="pretrained") / cls.denoiser_name
+        (kind,) = cls.pipeline_class._get_signature_types()[cls.denoiser_name]
+        return model_without_weights(folder / "config.json", kind)
 
     @classmethod
     @abstractmethod

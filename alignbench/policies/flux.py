@@ -104,7 +104,7 @@ class FluxPolicy(DiffusersPolicy):
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
         """See `DiffusersPolicy.check_checkpoint`."""
-        index = read_index(folder, "FluxPipeline", "FLUX.1")
+        index = read_index(folder, cls.pipeline_class, "FLUX.1")
         check_flow_scheduler(folder, dynamic_shift=True)
         if weights == "pretrained":
             models = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}

@@ -78,7 +78,7 @@ class StableDiffusion3Policy(DiffusersPolicy):
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
         """See `DiffusersPolicy.check_checkpoint`."""
-        index = read_index(folder, "StableDiffusion3Pipeline", "Stable Diffusion 3 or 3.5")
+        index = read_index(folder, cls.pipeline_class, "Stable Diffusion 3 or 3.5")
         check_flow_scheduler(folder, dynamic_shift=False)
         if weights == "pretrained":
             check_components(

@@ -21,6 +21,7 @@ from diffusers import (
 from torch import Tensor
 
 from alignbench.errors import CheckpointError, ConfigError
+from alignbench.foreign import read_json
 from alignbench.policies.diffusers_policy import DiffusersPolicy, latent_side
 from alignbench.policies.policy import Condition
 from alignbench.policies.saved_pipeline import (
@@ -28,7 +29,6 @@ from alignbench.policies.saved_pipeline import (
     check_components,
     check_diffusion_scheduler,
     read_index,
-    read_json,
 )
 from alignbench.sampling.flow import DiffusionPath
 
@@ -68,7 +68,7 @@ class UNetPolicy(DiffusersPolicy):
     @classmethod
     def check_checkpoint(cls, folder: Path, weights: WeightSource = "pretrained") -> dict[str, Any]:
         """See `DiffusersPolicy.check_checkpoint`. What judges or takes images is left out."""
-        index = read_index(folder, cls.pipeline_class.__name__, cls.model)
+        index = read_index(folder, cls.pipeline_class, cls.model, ignored=("safety_checker", "feature_extractor"))
         check_diffusion_scheduler(folder)
         if weights == "pretrained":
             models = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}

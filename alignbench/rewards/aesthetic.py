@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alignbench.errors import CheckpointError
+from alignbench.foreign import read_tensors, reading
 from alignbench.prompts.prompt import Prompt
-from alignbench.rewards.checkpoints import read_weights, weights_file
+from alignbench.rewards.checkpoints import weights_file
 from alignbench.rewards.clip import OpenClip
 from alignbench.rewards.reward import Reward
 
@@ -37,16 +37,12 @@ class AestheticScore(Reward):
     def __init__(
         self, weights: str, *, clip: str, clip_weights: str | None, device: str | torch.device = "cpu"
     ) -> None:
-        held = read_weights(weights_file(weights))
+        held = read_tensors(weights_file(weights))
         self.clip = OpenClip(clip, clip_weights, device)
         features = self.clip.embed_text("").shape[0]
         self.predictor = predictor(features)
-        try:
+        with reading(weights, f"a predictor of {features} features, those of {clip}"):
             self.predictor.load_state_dict({name.removeprefix("layers."): value for name, value in held.items()})
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{weights} is not a predictor of {features} features, those of {clip}: {error}"
-            ) from error
         self.predictor.float().to(self.clip.device).eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

@@ -6,19 +6,17 @@ fit is refused; open_clip is an extra (``photo``) and is imported when a model i
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
 from alignbench.errors import CheckpointError, ConfigError
-from alignbench.hub import refusal
+from alignbench.foreign import reading
 from alignbench.rewards.checkpoints import weights_file
 
 BICUBIC = 3  # PIL's number, as processors store it
@@ -93,21 +91,19 @@ class OpenClip:
 
     def __init__(self, model: str, weights: str | None, device: str | torch.device = "cpu") -> None:
         open_clip = _open_clip()
-        expected = "expected an architecture with a tag or a file of weights, or local-dir:FOLDER, or hf-hub:ID"
+        expected = "an architecture with a tag or a file of weights, or local-dir:FOLDER, or hf-hub:ID"
         file = weights
         if weights is None and ":" not in model:
-            raise CheckpointError(f"cannot load the CLIP model {model} without weights: {expected}")
+            raise CheckpointError(f"cannot read the CLIP model {model} without weights: expected {expected}")
         if weights is not None and ("/" in weights or Path(weights).suffix):
             file = str(weights_file(weights))
         elif weights is not None:
             _check_activation(open_clip, model, weights)
-        try:
-            self.model: Any = open_clip.create_model(model, pretrained=file, device=device, require_pretrained=True)
+        with reading(f"the CLIP model {model} with {weights}", expected):
+            self.model: Any = open_clip.create_model(
+                model, pretrained=file, device=device, require_pretrained=True, weights_only=True
+            )
             self.tokenizer = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"cannot load the CLIP model {model} with {weights}: {refusal(error)}; {expected}"
-            ) from error
         self.model.eval().requires_grad_(False)
         settings = open_clip.get_model_preprocess_cfg(self.model)
         if settings["interpolation"] != "bicubic" or settings["resize_mode"] != "shortest":
@@ -115,15 +111,19 @@ class OpenClip:
                 f"{model} resizes to {settings['resize_mode']} with {settings['interpolation']} interpolation: "
                 "expected a CLIP model that resizes the shorter edge with bicubic interpolation"
             )
-        size = settings["size"]
-        crop = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self.preprocess = Preprocessing(
-            size=crop[0] if crop[0] == crop[1] else crop,
-            crop=crop,
-            mean=tuple(settings["mean"]),
-            std=tuple(settings["std"]),
-        )
-        self._as_published = open_clip.image_transform(crop, is_train=False, mean=settings["mean"], std=settings["std"])
+        with reading(f"the settings of the images of {model}", expected):
+            size = settings["size"]
+            crop = (size, size) if isinstance(size, int) else (size[0], size[1])
+            self.preprocess = Preprocessing(
+                size=crop[0] if crop[0] == crop[1] else crop,
+                crop=crop,
+                mean=tuple(settings["mean"]),
+                std=tuple(settings["std"]),
+            )
+            self._as_published = open_clip.image_transform(
+                crop, is_train=False, mean=settings["mean"], std=settings["std"]
+            )
+            self.preprocess(torch.zeros(1, 3, 8, 8))  # so that what cannot be is found now
 
     @property
     def device(self) -> torch.device:

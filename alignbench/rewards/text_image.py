@@ -20,11 +20,13 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from alignbench.errors import CheckpointError
-from alignbench.hub import refusal
+from alignbench.foreign import reading
 from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.checkpoints import load_frozen
 from alignbench.rewards.clip import OpenClip, Preprocessing
 from alignbench.rewards.reward import Reward
+
+PROCESSOR = "a folder or hub id that has both, as `processor`, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class Similarity(Reward):
@@ -116,14 +118,16 @@ class PickScore(Similarity):
         expected = "a folder with config.json and model.safetensors, or a hub id such as yuvalkirstain/PickScore_v1"
         self.model = load_frozen(CLIPModel, model, expected).to(device)
         self.device = self.model.device
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
-            self.preprocess = Preprocessing.of(AutoImageProcessor.from_pretrained(processor or model))
-        except (OSError, ValueError) as error:
+        with reading(f"the tokenizer and image processor in {processor or model}", PROCESSOR):
+            self.tokenizer = AutoTokenizer.from_pretrained(processor or model, trust_remote_code=False)
+            images = AutoImageProcessor.from_pretrained(processor or model, trust_remote_code=False)
+            self.preprocess = Preprocessing.of(images)
+            self.preprocess(torch.zeros(1, 3, 8, 8))  # so that settings which cannot be are found now
+        if "auto_map" in self.tokenizer.init_kwargs:
             raise CheckpointError(
-                f"no tokenizer and image processor in {processor or model}: {refusal(error)}. Give `processor` a "
-                "folder or hub id that has both, for example laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-            ) from error
+                f"the tokenizer in {processor or model} asks for code of its own (auto_map), which is never run. "
+                f"Expected {PROCESSOR}"
+            )
         known, taken = len(self.tokenizer), self.model.config.text_config.vocab_size
         if known != taken:  # transformers makes a tokenizer that reads nothing where the vocabulary is missing
             raise CheckpointError(

@@ -496,7 +496,7 @@ def halve(file: str) -> Callable[[Path], None]:
 SCHEDULER = "scheduler/scheduler_config.json"
 DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "all": [
-        (truncate, r"diffusion_pytorch_model.safetensors is truncated or damaged: \d+ bytes, expected \d+"),
+        (truncate, r"diffusion_pytorch_model.safetensors is truncated or damaged .*file not fully covered"),
         (remove("text_encoder/model.safetensors"), "text_encoder has no safetensors weights"),
         (remove("text_encoder/config.json"), "text_encoder/config.json is missing; it says how"),
         (remove("tokenizer/tokenizer.json"), "tokenizer has no vocabulary, expected tokenizer.json or vocab"),
@@ -588,7 +588,7 @@ def test_source_that_is_neither_folder_nor_hub_id(
         raise OSError("no connection\nand a long explanation")
 
     monkeypatch.setattr(FAMILIES[name].policy.pipeline_class, "download", unreachable)
-    with pytest.raises(CheckpointError, match=r"hub gave nothing \(no connection\)"):
+    with pytest.raises(CheckpointError, match=r"hub gave nothing \(no connection and a long explanation\)"):
         load(name, folders, folder="checkpoints/nowhere")
 
 

@@ -498,8 +498,8 @@ def edit(file: str, **changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"diffusion_pytorch_model.safetensors is truncated or damaged: \d+ bytes, expected \d+"),
-        (truncate_header, "text_encoder/model.safetensors is truncated: its header does not fit into 20 bytes"),
+        (truncate, r"diffusion_pytorch_model.safetensors is truncated or damaged .*file not fully covered"),
+        (truncate_header, r"text_encoder/model.safetensors is truncated or damaged .*invalid header length"),
         (empty_file, "text_encoder_2/model.safetensors is truncated"),
         (git_lfs_pointer, "vae/diffusion_pytorch_model.safetensors is truncated"),
         (remove_weights, "vae has no safetensors weights"),
@@ -542,7 +542,7 @@ def test_source_that_is_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatc
         raise OSError("no connection\nand a long explanation")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", unreachable)
-    with pytest.raises(CheckpointError, match=r"hub gave nothing \(no connection\)"):
+    with pytest.raises(CheckpointError, match=r"hub gave nothing \(no connection and a long explanation\)"):
         load("checkpoints/nowhere")  # type: ignore[arg-type]
 
 

@@ -171,12 +171,12 @@ def test_the_aesthetic_score_is_a_chain_of_products(tiny_clip: Path, tmp_path: P
 
 def test_a_predictor_of_another_model_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
     other = aesthetic_file(tmp_path / "other.pth", features=20)
-    with pytest.raises(CheckpointError, match="not a predictor of 12 features"):
+    with pytest.raises(CheckpointError, match=r"other\.pth: .*size mismatch.* Expected a predictor of 12 features"):
         AestheticScore(str(other), clip=f"local-dir:{tiny_clip}", clip_weights=None)
     with pytest.raises(CheckpointError, match=r"no weights at gone\.pth: expected the path"):
         AestheticScore("gone.pth", clip=f"local-dir:{tiny_clip}", clip_weights=None)
     other.write_bytes(other.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="no readable weights"):
+    with pytest.raises(CheckpointError, match=r"other\.pth: .*Expected a file of tensors alone"):
         AestheticScore(str(other), clip=f"local-dir:{tiny_clip}", clip_weights=None)
 
 
@@ -203,14 +203,14 @@ def test_weights_that_are_missing_are_not_made_up(tiny_clip: Path, tmp_path: Pat
     shutil.copytree(tiny_clip, folder)
     (folder / "open_clip_model.safetensors").unlink()
     for model, weights in ((f"local-dir:{folder}", None), (f"local-dir:{tmp_path / 'gone'}", None), ("ViT-B-32", None)):
-        with pytest.raises(CheckpointError, match="cannot load the CLIP model"):
+        with pytest.raises(CheckpointError, match="the CLIP model"):
             OpenClip(model, weights)
     with pytest.raises(CheckpointError, match=r"no weights at \./gone/file\.pt"):
         OpenClip("ViT-B-32", "./gone/file.pt")
     weights = load_file(tiny_clip / "open_clip_model.safetensors")
     del weights["text_projection"]
     save_file(weights, folder / "open_clip_model.safetensors")
-    with pytest.raises(CheckpointError, match="cannot load the CLIP model"):
+    with pytest.raises(CheckpointError, match="the CLIP model"):
         OpenClip(f"local-dir:{folder}", None)
 
 

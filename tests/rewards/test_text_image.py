@@ -229,9 +229,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, tmp_path: P
 def test_weights_of_another_configuration(folder: Path, tmp_path: Path) -> None:
     other = copy_of(folder, tmp_path / "other")
     (other / "config.json").unlink()  # transformers takes the default of the class then
-    with pytest.raises(
-        CheckpointError, match=r"other: its weights have other shapes than its config\.json says\. Expec"
-    ):
+    with pytest.raises(CheckpointError, match=r"other: .* has shape \[.*\], its config\.json says \[.*\]\. Expected"):
         PickScore(other)
 
 
