@@ -65,6 +65,7 @@ _unlink = os.unlink
 _SPENT = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another results folder"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another results folder"),
+    errno.ENXIO: ("it is a pipe, no file", "remove it"),
     errno.ELOOP: ("it is a link, and no file of a run is written through one", "remove the link"),
     errno.EFBIG: ("the file would pass the size limit", "raise the limit (ulimit -f) or choose another file system"),
 }
