@@ -148,10 +148,12 @@ def check_overlay() -> None:
     if there:
         return
     choices, known = HydraConfig.get().runtime.choices, _overlays()
-    if name != f"{choices['model']}_{choices['method']}":
+    model, automatic = str(choices["model"]), f"{choices['model']}_{choices['method']}"
+    if name != automatic:
+        own = ", ".join(each for each in known if each.startswith(f"{model}_"))
         raise ConfigError(
             f"unknown overlay {name!r}.{nearest(name, known)} overlay=none takes the published settings; without "
-            f"overlay=... {choices['model']}_{choices['method']} acts, where there is one. Known: {', '.join(known)}"
+            f"overlay=... {automatic} acts, where there is one. Known for {model}: {own}"
         )
 
 

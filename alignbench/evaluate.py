@@ -409,6 +409,9 @@ def evaluate(config: DictConfig) -> Path:
         task = checked(config)
         label = task.label or "base"
         folder = Path(task.results, task.name, config.model.name, reward_name(config), label, f"seed{task.seed}")
+        if processes.main and task.images is None:
+            evaluated = assembly.evaluated_prompts(config)
+            inputs.check_unchanged(folder, inputs.of(config, prompts=None, evaluated=evaluated), config)
         subject: Subject
         if task.images is not None:
             subject = Images(config, task, processes)

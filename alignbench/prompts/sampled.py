@@ -143,5 +143,9 @@ def write(folder: Path, number: int, prompt: Prompt, image: int, pixels: NDArray
     samples = folder / f"{number:05d}" / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     record = dict(prompt.metadata) | {"prompt": prompt.text}
-    (samples.parent / "metadata.jsonl").write_text(json.dumps(record), encoding="utf-8")
-    Image.fromarray(pixels).save(samples / f"{image:04d}.png")
+    files = samples.parent / "metadata.jsonl", samples / f"{image:04d}.png"
+    for file in files:
+        if file.is_symlink():  # it may lead to a file of the user's
+            file.unlink()
+    files[0].write_text(json.dumps(record), encoding="utf-8")
+    Image.fromarray(pixels).save(files[1])
