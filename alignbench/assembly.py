@@ -16,7 +16,7 @@ import torch
 import transformers
 from omegaconf import Container, DictConfig, OmegaConf
 
-from alignbench import needs, optimizer, schema, settings
+from alignbench import inputs, needs, optimizer, schema, settings
 from alignbench.configuration import embedded, for_domain, identity, target
 from alignbench.errors import ConfigError
 from alignbench.evaluation import Evaluator, Protocol, Samples, tag_of
@@ -278,12 +278,13 @@ def evaluated_prompts(config: DictConfig) -> list[Prompt]:
     return _prompts(config, config.evaluation.final.split)
 
 
-def other_prompts(config: DictConfig, protocol: Mapping[str, Any]) -> bool:
-    """Whether the prompt file, if that is what is evaluated, holds others than those of a recorded final protocol."""
-    if config.prompts.source != "file" or not Path(config.prompts.path).exists():
-        return False
-    samples = Samples.choose(evaluated_prompts(config), config.evaluation.final.images_per_tag)
-    return samples.prompts_hash != protocol.get("prompts_hash")
+def read_inputs(config: DictConfig) -> dict[str, str]:
+    """The inputs of a run by hash, before anything is loaded; see ``inputs.of``.
+
+    Raises:
+        AlignbenchError: prompts that cannot be used, files that cannot be read.
+    """
+    return inputs.of(config, prompts=_prompts(config, config.prompts.split), evaluated=evaluated_prompts(config))
 
 
 def scorers(config: DictConfig, processes: Processes) -> dict[str, Reward]:
@@ -354,6 +355,7 @@ def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
         "normalisation": _plain(config.reward.normalisation),
         "budget": parts.budget.limits,
         "parameters": {"trainable": trainable},
+        "inputs": inputs.of(config, prompts=parts.prompts, evaluated=parts.evaluator.prompts),
         **environment(parts.processes),
     }
 

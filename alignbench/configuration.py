@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from alignbench.errors import ConfigError
@@ -122,6 +123,53 @@ def embedded(node: Any) -> Any:
     if isinstance(node, str) and node.startswith("embedded:"):
         return str(Path(__file__).parent / "shapes" / "checkpoints" / node.removeprefix("embedded:"))
     return node
+
+
+def chosen_overlay() -> tuple[str, bool] | None:
+    """The overlay that the composed configuration asks for, and whether it is there; None outside a command."""
+    choice = HydraConfig.get().runtime.choices.get("overlay") if HydraConfig.initialized() else None
+    return None if choice is None else (str(choice), str(choice) in _overlays())
+
+
+def _overlays() -> list[str]:
+    """Names of the overlays in conf/ and in the folders of ``--config-dir`` and the search path."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) / "overlay" for source in sources if source.schema == "file"]
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def check_overlay() -> None:
+    """Refuse an overlay that was named and does not exist; the one that belongs to model and method may be absent.
+
+    Raises:
+        ConfigError: gives the nearest known name.
+    """
+    name, there = chosen_overlay() or ("", True)
+    if there:
+        return
+    choices, known = HydraConfig.get().runtime.choices, _overlays()
+    model, automatic = str(choices["model"]), f"{choices['model']}_{choices['method']}"
+    if name != automatic:
+        own = ", ".join(each for each in known if each.startswith(f"{model}_"))
+        raise ConfigError(
+            f"unknown overlay {name!r}.{nearest(name, known)} overlay=none takes the published settings; without "
+            f"overlay=... {automatic} acts, where there is one. Known for {model}: {own}"
+        )
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a run, for a command that is not Hydra's own.
+
+    Raises:
+        ConfigError: an overlay that does not exist.
+    """
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    check_overlay()
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def explain(error: Exception, conf: Path) -> str:

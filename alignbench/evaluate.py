@@ -5,7 +5,6 @@ report beside the methods that were trained here. The base model is scored besid
 scored it. A finished evaluation is skipped, an unfinished one continues with what is missing.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -21,7 +20,7 @@ import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 
-from alignbench import assembly, base_evaluation, schema
+from alignbench import assembly, base_evaluation, inputs, record_fields, schema
 from alignbench.command import command_line
 from alignbench.configuration import CONF, identity, plain, reward_name
 from alignbench.errors import AlignbenchError, CheckpointError, ConfigError, DataError, RecordError
@@ -96,11 +95,13 @@ class Due:
         weights: ``"base"`` or, for what is scored, ``"evaluation"``: the names that the report compares.
         guidance: scale.
         measure: does it; calls what it is given now and then.
+        repeat: charges the cost of a row that is recorded already, so that later ones cost what they always do.
     """
 
     weights: str
     guidance: float
     measure: Callable[[Callable[[], None]], Evaluation]
+    repeat: Callable[[Mapping[str, int]], None]
 
 
 class Subject(ABC):
@@ -123,6 +124,10 @@ class Subject(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What identifies it in the records, beside its label."""
+
+    @abstractmethod
+    def inputs(self) -> dict[str, str]:
+        """The inputs of its scores by hash, beside its own files; see ``inputs.of``."""
 
     def prepare(self) -> None:  # noqa: B027 - optional
         """What comes before the first row and belongs to none."""
@@ -151,7 +156,7 @@ class Weights(Subject):
         if self._own is not None:  # it needs a policy of its own
             assembly.check_source(config, self._own)  # it is loaded only after the base has been scored
         self._denoiser = local_denoiser(task.checkpoint) if task.checkpoint and not self._own else None
-        self._sha256 = digest(str(self._denoiser or task.checkpoint)) if task.checkpoint else None
+        self._content = content(str(self._denoiser or task.checkpoint)) if task.checkpoint else {}
         self._loaded: Policy | None = None
         self._evaluator = self._base()
         policy = self._evaluator.stack.policy
@@ -163,16 +168,21 @@ class Weights(Subject):
         if task.lora or task.checkpoint:
             views.append("own" if self._own else "evaluation")
         self.due = [
-            Due("base" if view == "reference" else "evaluation", guidance, self._measuring(view, guidance))
+            Due(
+                "base" if view == "reference" else "evaluation",
+                guidance,
+                self._measuring(view, guidance),
+                self._repeating(guidance),
+            )
             for view in views
             for guidance in self._protocol.guidance
         ]
 
     def settings(self) -> dict[str, Any]:
         if self._lora:
-            described = {"lora": self.task.lora, "sha256": digest(str(self._lora.source))}
-            return described | ({"config_sha256": digest(str(self._lora.config))} if self._lora.config else {})
-        return {"checkpoint": self.task.checkpoint, "sha256": self._sha256} if self.task.checkpoint else {}
+            described = {"lora": self.task.lora, "sha256": inputs.digest(str(self._lora.source))}
+            return described | ({"config_sha256": inputs.digest(str(self._lora.config))} if self._lora.config else {})
+        return {"checkpoint": self.task.checkpoint} | self._content if self.task.checkpoint else {}
 
     def prepare(self) -> None:
         self._evaluator.sample_reference()
@@ -183,7 +193,7 @@ class Weights(Subject):
                 evaluator, drawing = self._other(), "reference"
             else:
                 evaluator, drawing = self._evaluator, view
-            samples = Samples.choose(evaluator.prompts, self._protocol.images_per_tag)
+            samples = evaluator.samples(self._protocol)
             draw = evaluator.sampled(self._protocol, samples, view=drawing, guidance=guidance)
             if self.samples is not None:
                 shown = "base" if view == "reference" else "evaluation"
@@ -194,6 +204,12 @@ class Weights(Subject):
             return result
 
         return measure
+
+    def _repeating(self, guidance: float) -> Callable[[Mapping[str, int]], None]:
+        return lambda cost: self._evaluator.repeat(self._evaluator.samples(self._protocol), guidance, cost)
+
+    def inputs(self) -> dict[str, str]:
+        return inputs.of(self.config, prompts=None, evaluated=self._prompts)
 
     def _base(self) -> Evaluator:
         """The base model, with the view ``evaluation`` where its weights fit the base's layers."""
@@ -282,16 +298,24 @@ class Images(Subject):
 
             return lambda between: evaluator.measure(samples, draw, between)
 
-        self.due = [Due(weights, task.guidance, measuring(folder)) for weights, folder in folders.items()]
+        def repeat(cost: Mapping[str, int]) -> None:
+            evaluator.repeat(samples, 1.0, cost)
+
+        self.due = [Due(weights, task.guidance, measuring(folder), repeat) for weights, folder in folders.items()]
+        of_scores = inputs.of(config, prompts=None, evaluated=own.prompts)
+        self._inputs = {name: of_scores[name] for name in of_scores if not name.startswith("model.")}
+
+    def inputs(self) -> dict[str, str]:
+        return self._inputs
 
     def settings(self) -> dict[str, Any]:
         described = {
             "images": self.task.images,
-            "sha256": digest(str(self.task.images)),
+            "sha256": inputs.digest(str(self.task.images)),
             "guidance": self.task.guidance,
         }
         if self.task.base_images is not None:
-            described |= {"base_images": self.task.base_images, "base_sha256": digest(self.task.base_images)}
+            described |= {"base_images": self.task.base_images, "base_sha256": inputs.digest(self.task.base_images)}
         return described
 
 
@@ -351,18 +375,10 @@ def saving(draw: Draw, samples: Samples, folder: Path) -> Draw:
     return draw_and_save
 
 
-def digest(source: str) -> str | None:
-    """SHA-256 of a file, or of all files of a folder with their names; None for a hub id."""
-    path = Path(source)
-    if not path.exists():
-        return None
-    total = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    for file in files:
-        total.update(f"{file.relative_to(path)}\0".encode())
-        with file.open("rb") as content:
-            total.update(hashlib.file_digest(content, "sha256").digest())
-    return total.hexdigest()
+def content(source: str) -> dict[str, str | None]:
+    """What identifies a checkpoint: SHA-256 of the files of a folder, the commit of a repository of the hub."""
+    found = {"sha256": inputs.digest(source)}
+    return found if found["sha256"] else found | {"commit": inputs.commit(source, None)}
 
 
 def evaluate(config: DictConfig) -> Path:
@@ -382,6 +398,9 @@ def evaluate(config: DictConfig) -> Path:
         task = checked(config)
         label = task.label or "base"
         folder = Path(task.results, task.name, config.model.name, reward_name(config), label, f"seed{task.seed}")
+        if processes.main and task.images is None:
+            evaluated = assembly.evaluated_prompts(config)
+            inputs.check_unchanged(folder, inputs.of(config, prompts=None, evaluated=evaluated), config)
         subject: Subject
         if task.images is not None:
             subject = Images(config, task, processes)
@@ -406,6 +425,7 @@ def evaluate(config: DictConfig) -> Path:
             "final_protocol_hash": subject.protocols[1]["hash"],
             "targets": dict(task.reward["targets"]),
             "normalisation": dict(task.reward["normalisation"]),
+            "inputs": subject.inputs(),
             **assembly.environment(processes),
         }
         with RunDirectory.open(folder, config=settings, run=described) if processes.main else nullcontext() as records:
@@ -450,8 +470,10 @@ def carry_out(subject: Subject, processes: Processes, records: RunDirectory | No
             written = processes.share(recorded_rows(records))
             subject.prepare()
             for number, due in enumerate(subject.due):
-                if (due.weights, subject.protocol["hash"], due.guidance) not in written:
+                if (cost := written.get((due.weights, subject.protocol["hash"], due.guidance))) is None:
                     measure(subject, due, number, processes, records, between)
+                else:
+                    due.repeat(cost)
                 between()
             if records is not None:
                 records.set_status("done", fraction=1.0)
@@ -465,10 +487,23 @@ def carry_out(subject: Subject, processes: Processes, records: RunDirectory | No
             raise
 
 
-def recorded_rows(records: RunDirectory | None) -> set[tuple[str, str, float]]:
-    """(weights, protocol hash, guidance) of the rows that are there."""
-    rows = read_run(records.folder).evaluations if records is not None else []
-    return {(row["weights"], row["protocol_hash"], row["guidance"]) for row in rows}
+def recorded_rows(records: RunDirectory | None) -> dict[tuple[str, str, float], dict[str, int]]:
+    """The cost of the rows that are there, by weights, protocol hash and guidance.
+
+    Raises:
+        RecordError: a row that no evaluation wrote.
+    """
+    if records is None:
+        return {}
+    known = read_run(records.folder)
+    amiss = [problem for problem in known.problems if problem.startswith("evaluations.jsonl")]
+    costs = ((number, record_fields.wrong_cost(row.get("cost"))) for number, row in enumerate(known.evaluations, 1))
+    amiss += [f"evaluations.jsonl, row {number}: {reason}" for number, reason in costs if reason]
+    if amiss:
+        raise RecordError(
+            f"{records.folder}: {amiss[0]}. Put the file back as it was, or delete that line, and the row is made again"
+        )
+    return {(row["weights"], row["protocol_hash"], row["guidance"]): row["cost"] for row in known.evaluations}
 
 
 def measure(
@@ -483,7 +518,9 @@ def measure(
     protocol, ledger = subject.protocol, subject.ledger
     known = None
     if records is not None and due.weights == "base" and isinstance(subject, Weights) and not subject.samples:
-        known = base_evaluation.recorded(records.folder, protocol["hash"], due.guidance)
+        known, passed_over = base_evaluation.recorded(records.folder, protocol["hash"], due.guidance, number)
+        for reason in passed_over:
+            print(reason, flush=True)
     known = processes.share(known)
     if known is None:
 
@@ -502,6 +539,7 @@ def measure(
         scores, grid, source = result.scores, result.grid, None
     else:
         measured, scores, grid, source = known.measured, known.scores, known.grid, known.source
+        due.repeat(measured["cost"])
     if records is None:
         return
     name = f"{number:04d}_{protocol['name']}_{due.weights}_g{due.guidance:g}"

@@ -169,7 +169,7 @@ class Evaluator:
         ``between`` is called by all processes at the same points, one micro-batch apart; what it raises ends the
         evaluation.
         """
-        samples = Samples.choose(self.prompts, protocol.images_per_tag)
+        samples = self.samples(protocol)
         result = self.measure(samples, self.sampled(protocol, samples, view=view, guidance=guidance), between)
         result.metrics["drift"] = self.drift(view)
         return result
@@ -247,10 +247,14 @@ class Evaluator:
                 scores[name if key == "reward" else key] = values
         return scores
 
-    def repeat(self, protocol: Protocol, *, guidance: float, cost: Mapping[str, int]) -> None:
-        """Charge an evaluation that another run has recorded as if it were made here, texts included."""
+    def samples(self, protocol: Protocol) -> Samples:
+        """The images that a protocol looks at."""
+        return Samples.choose(self.prompts, protocol.images_per_tag)
+
+    def repeat(self, samples: Samples, guidance: float, cost: Mapping[str, int]) -> None:
+        """Charge an evaluation that is recorded already as if it were made here, texts included."""
         ledger = self.stack.ledger
-        texts = [prompt.text for prompt in Samples.choose(self.prompts, protocol.images_per_tag).prompts]
+        texts = [prompt.text for prompt in samples.prompts]
         with ledger.during("evaluation"):
             if self.stack.processes.main:
                 ledger.count(**cost)

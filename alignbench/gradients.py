@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
 from alignbench import assembly
 from alignbench.assembly import Parts
 from alignbench.command import command_line
-from alignbench.configuration import CONF, reward_name
+from alignbench.configuration import composed, reward_name
 from alignbench.errors import AlignbenchError, ConfigError
 from alignbench.ledger import METHOD_PHASES
 from alignbench.methods.method import Clock
@@ -136,8 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.iterations < 3:
         raise ConfigError(f"--iterations {options.iterations}: at least 3 are needed")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", options.overrides)
+    config = composed(options.overrides)
     record = json.dumps(measure(config, options.iterations))
     print(record)
     if options.output is not None:

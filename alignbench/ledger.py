@@ -49,6 +49,7 @@ class Ledger:
 
     Attributes:
         texts: FLOPs of every text that was read, by ``phase/reader/digest of the text``; not part of ``phases``.
+        others_seconds: rollout and training of other processes, until the run was continued.
     """
 
     synchronise: Callable[[], None] = lambda: None
@@ -57,6 +58,7 @@ class Ledger:
     texts: dict[str, int] = field(default_factory=dict)
     optimizer_steps: int = 0
     wasted_nfe: int = 0
+    others_seconds: float = 0.0
     phase: str = "rollout"
 
     @contextmanager
@@ -147,18 +149,27 @@ class Ledger:
         total = sum(self.seconds[phase] for phase in METHOD_PHASES)
         return {name: round(value, 4) for name, value in (self.seconds | {"total": total}).items()}
 
+    def gpu_seconds(self, join: Join = lambda values: values) -> float:
+        """Seconds of rollout and training, over all processes and since the run began."""
+        own = sum(self.seconds[phase] for phase in METHOD_PHASES) + self.others_seconds
+        return join({"gpu_seconds": own})["gpu_seconds"]
+
     def state_dict(self, join: Join = lambda values: values) -> dict[str, Any]:
-        """All counts, over all processes; the seconds are this process's."""
+        """All counts, over all processes; ``seconds`` are this process's, ``gpu_seconds`` those of all."""
         phases, texts = self._joined(join)
         return {
             "phases": {phase: asdict(counts) for phase, counts in phases.items()},
             "texts": texts,
             "optimizer_steps": self.optimizer_steps,
-            "volatile": {"seconds": dict(self.seconds), "wasted_nfe": self.wasted_nfe},
+            "volatile": {
+                "seconds": dict(self.seconds),
+                "gpu_seconds": self.gpu_seconds(join),
+                "wasted_nfe": self.wasted_nfe,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, main: bool = True) -> None:
-        """Continue from ``state_dict``: the counts go to the main process, the others begin at zero.
+        """Continue from ``state_dict``: counts and seconds go to the main process, the others begin at zero.
 
         What was counted before, to get ready again, is wasted.
         """
@@ -167,7 +178,10 @@ class Ledger:
         self.texts = dict(state["texts"]) if main else {}
         self.wasted_nfe = preparing + (state["volatile"]["wasted_nfe"] if main else 0)
         self.optimizer_steps = state["optimizer_steps"]
-        self.seconds = dict(state["volatile"]["seconds"])
+        seconds = dict(state["volatile"]["seconds"])
+        own = sum(seconds[phase] for phase in METHOD_PHASES)
+        self.seconds = seconds if main else dict.fromkeys(seconds, 0.0)
+        self.others_seconds = state["volatile"].get("gpu_seconds", own) - own if main else 0.0
 
 
 class Budget:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from alignbench import architecture, assembly
 from alignbench.architecture import Costs
 from alignbench.assembly import Parts
-from alignbench.configuration import embedded, reward_name
+from alignbench.configuration import chosen_overlay, embedded, reward_name
 from alignbench.errors import BudgetError
 from alignbench.evaluation import Protocol, Samples
 from alignbench.ledger import Budget
@@ -102,6 +102,7 @@ def summary(config: DictConfig, outline: Outline, folder: Path) -> Rows:
         collected = f"none after the first, {batch.updates} optimizer step(s); {count} process(es)"
     rows = [
         ("run", f"{config.method.name} on {reward_name(config)}, model {config.model.name}, seed {config.seed}"),
+        *overlay(),
         ("results", str(folder)),
         ("images an iteration", f"{collected}, micro-batches of {outline.micro_batch}"),
         (
@@ -121,6 +122,15 @@ def summary(config: DictConfig, outline: Outline, folder: Path) -> Rows:
         if share > 100 * LARGEST_ITERATION:
             rows.append(("warning", "an iteration above 5% of the budget makes coarse curves; raise the budget"))
     return rows
+
+
+def overlay() -> Rows:
+    """Which overlay acts on the method's published settings; nothing where it is not known."""
+    known = chosen_overlay()
+    if known is None:
+        return []
+    name, there = known
+    return [("overlay", name if there and name != "none" else "none: the published settings")]
 
 
 def shares(total: float, count: int) -> str:

@@ -22,8 +22,9 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
+from alignbench import record_fields
 from alignbench.errors import CheckpointError, LockedError, RecordError
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ ENVIRONMENT = VOLATILE | {"threads", "processes"}  # fields of run.json that do 
 KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on if the disk damages it
 MINIMUM_FREE_BYTES = 256 * 2**20  # records and two LoRA checkpoints of the embedded model take a tenth of this
 ROW_FILES = ("metrics.jsonl", "evaluations.jsonl")
+ATTACHED = ("scores", "grid")  # fields of an evaluation's row that name a file of the run
 LOCK = ".lock"
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\..+\.(building|discarded)")  # names of what a killed process leaves
+OWN = os.O_NOFOLLOW | os.O_NONBLOCK  # a link may lead to a file of the user's, and a pipe would wait for ever
 
 Status = Literal["running", "done", "failed", "out_of_memory", "interrupted"]
 
@@ -60,6 +65,8 @@ _unlink = os.unlink
 _SPENT = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another results folder"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another results folder"),
+    errno.ENXIO: ("it is a pipe, no file", "remove it"),
+    errno.ELOOP: ("it is a link, and no file of a run is written through one", "remove the link"),
     errno.EFBIG: ("the file would pass the size limit", "raise the limit (ulimit -f) or choose another file system"),
 }
 
@@ -90,7 +97,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file whose name nobody reads yet; it is on the disk when this returns."""
     with writing(path):
-        descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _write_all(descriptor, data)
         finally:
@@ -111,6 +118,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     Raises RecordError if it cannot be written; the old content then stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # of an earlier process of this number
+        temporary.unlink()
     try:
         _write_new(temporary, data.encode() if isinstance(data, str) else data)
         with writing(path):
@@ -140,6 +149,14 @@ def _plain(value: object, where: str, key: str = "") -> Any:
 
 def _dump(value: Mapping[str, Any], where: str, indent: int | None = None) -> bytes:
     return (json.dumps(_plain(value, where), allow_nan=False, indent=indent) + "\n").encode()
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file. Raises OSError for one that may never end: a pipe or a device."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -195,12 +212,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _complete_lines(path: Path) -> list[bytes]:
     """Lines that end in a newline, without it; what follows the last one is a write that a crash tore off."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return read_regular(path).split(b"\n")[:-1] if path.exists() else []
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds one mapping. Raises OSError, or ValueError saying what is wrong with it."""
-    data = path.read_bytes()
+    data = read_regular(path)
     if path.suffix == ".json":
         return _parse(data)
     try:
@@ -214,13 +231,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _recorded(path: Path) -> dict[str, Any]:
     try:
-        return _read_object(path)
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read ({error}); restore it, or move the run's folder away.") from error
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -230,27 +247,46 @@ def _file_name(name: str) -> str:
     return name
 
 
+def row_hash(row: Mapping[str, Any]) -> str:
+    """What identifies a row: it comes out again when the row is made again after an interruption."""
+    return config_hash(strip_volatile(row))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file has the size and hash that its marker states."""
+    """A checkpoint whose every file has the size and hash that its marker states.
+
+    run: identifies the run that wrote it; None in checkpoints of earlier versions.
+    row_hashes: of the rows written before it, by file name; empty in checkpoints of earlier versions.
+    """
 
     folder: Path
     step: int
     metrics_rows: int  # rows written before it: `restore` cuts off what follows
     evaluations_rows: int
+    run: str | None
+    row_hashes: dict[str, list[str]]
 
     @classmethod
     def verify(cls, folder: Path) -> Self:
-        """Check the folder against its marker. Raises CheckpointError saying what is missing or damaged."""
+        """Check the folder against its marker. Raises CheckpointError saying what is missing, damaged or foreign."""
         try:
-            marker = _parse((folder / "COMPLETE").read_bytes())
-            for name, expected in marker["files"].items():
+            marker = _parse(read_regular(folder / "COMPLETE"))
+            files, step = marker["files"], int(marker["step"])
+            for name, expected in files.items():
                 size = (folder / name).stat().st_size
                 if size != expected["bytes"]:
                     raise CheckpointError(f"{folder / name} has {size} bytes, expected {expected['bytes']}")
                 if _sha256(folder / name) != expected["sha256"]:
                     raise CheckpointError(f"{folder / name} does not have the SHA-256 that its marker states")
-            return cls(folder, int(marker["step"]), int(marker["metrics_rows"]), int(marker["evaluations_rows"]))
+            held = {"state.json", *(path.name for path in folder.glob("*.safetensors"))}
+            if unlisted := sorted(held - set(files)):
+                raise CheckpointError(f"{folder} has a marker that does not list {', '.join(unlisted)}")
+            if folder.name != f"step_{step}":
+                raise CheckpointError(f"{folder} is a copy of step_{step}, as its marker says")
+            rows = {name: int(marker[f"{Path(name).stem}_rows"]) for name in ROW_FILES}
+            hashes = {name: list(map(str, marker.get("row_hashes", {}).get(name, []))) for name in ROW_FILES}
+            return cls(folder, step, rows["metrics.jsonl"], rows["evaluations.jsonl"], marker.get("run"), hashes)
         except FileNotFoundError as error:
             raise CheckpointError(f"{error.filename} is missing") from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -269,6 +305,7 @@ class RunDirectory:
         self.problems: list[str] = []
         self.changes = changes
         self._lock = lock
+        self._run = config_hash(strip_volatile(_recorded(folder / "run.json")))
 
     @classmethod
     def open(
@@ -296,11 +333,10 @@ class RunDirectory:
             )
         lock = _take_lock(folder / LOCK)
         try:
-            changes = _begin(folder, plain_config, plain_run)
+            return cls(folder, lock, _begin(folder, plain_config, plain_run))
         except BaseException:
             os.close(lock)
             raise
-        return cls(folder, lock, changes)
 
     def close(self) -> None:
         """Let another process open the run. Closing twice is allowed."""
@@ -319,9 +355,8 @@ class RunDirectory:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What `set_status` wrote last; empty before the first time."""
-        path = self.folder / "status.json"
-        return _recorded(path) if path.exists() else {}
+        """What `set_status` wrote last, or what the rows tell if that is lost; empty before the first time."""
+        return read_run(self.folder).status
 
     def set_status(self, status: Status, message: str = "", **fields: Any) -> None:
         """Replace status.json; fields of an earlier status do not stay."""
@@ -341,7 +376,7 @@ class RunDirectory:
         line, path = _dump(row, name), self.folder / name
         with writing(path):
             is_new = not path.exists()
-            descriptor = _open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            descriptor = _open(path, os.O_WRONLY | os.O_CREAT | OWN, 0o666)
             try:
                 end = sum(len(complete) + 1 for complete in _complete_lines(path))
                 if os.fstat(descriptor).st_size > end:
@@ -385,9 +420,10 @@ class RunDirectory:
 
         final = self.folder / "checkpoints" / f"step_{step}"
         building = final.with_name(f".{final.name}.building")
-        marker: dict[str, Any] = {"step": step, "files": {}}
+        marker: dict[str, Any] = {"step": step, "run": self._run, "files": {}, "row_hashes": {}}
         for name in ROW_FILES:
             marker[f"{Path(name).stem}_rows"] = len(_complete_lines(self.folder / name))
+            marker["row_hashes"][name] = [row_hash(row) for row in _read_rows(self.folder / name)[0]]
         weights = ((f"{_file_name(key)}.safetensors", save(_on_cpu(group))) for key, group in tensors.items())
         with writing(final):
             try:
@@ -449,7 +485,8 @@ class RunDirectory:
         with writing(self.folder / "artifacts"):
             states = [path.read_bytes() for path in self.folder.glob("checkpoints/step_*/state.json")]
             for path in self.folder.glob("artifacts/*.safetensors"):
-                if not any(path.name.encode() in state for state in states):
+                ours = re.search(r"-[0-9a-f]{64}$", path.stem)
+                if ours and not any(path.name.encode() in state for state in states):
                     _unlink(path)
 
     @staticmethod
@@ -463,7 +500,7 @@ class RunDirectory:
         path = folder / relative
         remedy = "restore the file, or delete the run's folder to start again"
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             raise CheckpointError(f"{path} is missing, and the run cannot continue without it; {remedy}.") from error
         if hashlib.sha256(data).hexdigest() != path.stem.rpartition("-")[2]:
@@ -471,10 +508,15 @@ class RunDirectory:
         return load(data)
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole and whose rows are all there; each one passed over adds to `problems`."""
+        """The newest checkpoint that is whole and whose rows are all there; each one passed over adds to `problems`.
+
+        Raises RecordError if a row before it is not the one that it was saved after.
+        """
         for _, folder in sorted(_checkpoint_folders(self.folder).items(), reverse=True):
             try:
                 checkpoint = Checkpoint.verify(folder)
+                if checkpoint.run not in (None, self._run):
+                    raise CheckpointError(f"{folder} is a checkpoint of another run")
                 self._check_rows(checkpoint)
                 return checkpoint
             except CheckpointError as error:
@@ -486,6 +528,13 @@ class RunDirectory:
             rows, problems = _read_rows(self.folder / name, first=needed)
             if problems or len(rows) < needed:
                 raise CheckpointError(f"{checkpoint.folder} follows {needed} rows of {name}, which lost some of them")
+            if (line := _first_other(rows, checkpoint.row_hashes[name])) is not None:
+                raise RecordError(
+                    f"{self.folder / name}, line {line} is not the row that {checkpoint.folder.name} was saved after: "
+                    "it was changed, moved or doubled, or comes from another run. Put the file back as it was; or "
+                    f"delete its lines from {line} on, and the run continues from a checkpoint before them, or begins "
+                    "again where there is none."
+                )
 
     @staticmethod
     def load_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, "Tensor"]], dict[str, Any]]:
@@ -498,8 +547,8 @@ class RunDirectory:
 
         try:
             paths = sorted(checkpoint.folder.glob("*.safetensors"))
-            tensors = {path.stem: load(path.read_bytes()) for path in paths}
-            return tensors, _read_object(checkpoint.folder / "state.json")
+            tensors = {path.stem: load(read_regular(path)) for path in paths}
+            return tensors, read_object(checkpoint.folder / "state.json")
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{checkpoint.folder} cannot be loaded ({error}).") from error
 
@@ -529,7 +578,7 @@ class RunDirectory:
 def _take_lock(path: Path) -> int:
     """Descriptor that holds the run's lock. Raises LockedError if another process has it."""
     with writing(path):
-        descriptor = _open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT | OWN, 0o666)
         try:
             for wait in (0.0, 0.02, 0.05, 0.1):  # `writer` takes the lock too, for an instant
                 time.sleep(wait)
@@ -555,7 +604,10 @@ def _take_lock(path: Path) -> int:
 
 
 def _named_in(lock: Path) -> str:
-    process, _, host = lock.read_text().strip().partition(" ")
+    try:
+        process, _, host = read_regular(lock).decode(errors="replace").strip().partition(" ")
+    except OSError:
+        process = host = ""
     where = f" on {host}" if host and host != socket.gethostname() else ""
     return f"process {process}{where}" if process else "another process"
 
@@ -566,7 +618,7 @@ def writer(folder: Path) -> str | None:
     Processes on other hosts are seen where the file system's locks reach them.
     """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | OWN)
     except OSError:  # no run, or a copy of one
         return None
     try:
@@ -584,8 +636,8 @@ def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[st
     """Write config.yaml and run.json, or compare with those written; returns changes of the environment."""
     with writing(folder):
         for leftover in list(folder.rglob(".*")):  # of a process that was killed in the middle
-            if leftover.suffix in (".tmp", ".building", ".discarded"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     if not (folder / "config.yaml").exists():
         orphans = [name for name in (*ROW_FILES, "checkpoints") if (folder / name).exists()]
         if orphans:
@@ -595,7 +647,8 @@ def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[st
         return []
     recorded = _recorded(folder / "run.json")
     lines = differences(_recorded(folder / "config.yaml"), config)
-    for key in [key for key in run if key not in ENVIRONMENT]:
+    lines += [f"inputs.{name}: {change}" for name, change in changed_inputs(recorded.get("inputs"), run.get("inputs"))]
+    for key in [key for key in run if key not in ENVIRONMENT | {"inputs"}]:
         lines += differences({key: recorded[key]} if key in recorded else {}, {key: run[key]})
     if lines:
         raise RecordError(
@@ -607,6 +660,20 @@ def _begin(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> list[st
     return differences({key: recorded.get(key) for key in environment}, {key: run[key] for key in environment})
 
 
+def changed_inputs(before: object, now: object) -> list[tuple[str, str]]:
+    """(name, change) of the inputs of two run.json that are known in both and differ."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return []  # of earlier versions
+    shown = {name: [f"{side[name]:.19}" for side in (before, now)] for name in before if name in now}
+    return [(name, " -> ".join(shown[name])) for name in shown if before[name] != now[name]]
+
+
+def _first_other(rows: Sequence[Mapping[str, Any]], hashes: Sequence[str]) -> int | None:
+    """The number, from 1, of the first row that does not have its hash."""
+    pairs = enumerate(zip(rows, hashes, strict=False), start=1)
+    return next((number for number, (row, expected) in pairs if row_hash(row) != expected), None)
+
+
 def _checkpoint_folders(folder: Path) -> dict[int, Path]:
     """Step -> folder, whatever state they are in."""
     found = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("checkpoints/step_*")}
@@ -615,7 +682,9 @@ def _checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 def _discard(folder: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that a crash never leaves a part of it under that name."""
-    if folder.exists():
+    if folder.is_symlink():
+        _unlink(folder)
+    elif folder.exists():
         nameless = folder.with_name(f".{folder.name}.discarded")
         shutil.rmtree(nameless, ignore_errors=True)
         _replace(folder, nameless)
@@ -657,24 +726,82 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run, finished or not, without changing it; never raises because of what is in the folder.
 
-    A torn last line is left out in silence (a crash, or a writer at work); anything else amiss is in `problems`.
+    A torn last line is left out in silence (a crash, or a writer at work); anything else amiss is in `problems`. A
+    status that is lost is told from the rows.
     """
     contents: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     for name in ("run.json", "config.yaml", "status.json"):
         try:
-            contents[name] = _read_object(folder / name)
+            contents[name] = read_object(folder / name)
+            if name != "config.yaml" and (reason := record_fields.wrong(name.partition(".")[0], contents[name])):
+                raise ValueError(reason)
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
         except ValueError as error:
             problems.append(f"{name} is damaged ({error})")
+            if name == "status.json":
+                contents.pop(name, None)
     run, config, status = (contents.get(name, {}) for name in ("run.json", "config.yaml", "status.json"))
     if run and run.get("schema") != SCHEMA:
         problems.append(f"run.json has schema {run.get('schema')}, this version reads {SCHEMA}")
-    metrics, damaged_metrics = _read_rows(folder / "metrics.jsonl")
-    evaluations, damaged_evaluations = _read_rows(folder / "evaluations.jsonl")
-    problems += damaged_metrics + damaged_evaluations
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in ROW_FILES:
+        rows[name], damaged = _read_rows(folder / name)
+        problems += damaged or _problems_of(folder, name, rows[name])
+    metrics, evaluations = rows.values()
+    status = status or _told_by(folder, run, metrics, evaluations)
     return Run(folder, run, config, status, metrics, evaluations, tuple(problems))
+
+
+def _problems_of(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the content of rows, and with their order as the newest checkpoint knows it."""
+    told = ((number, record_fields.wrong(Path(name).stem, row)) for number, row in enumerate(rows, start=1))
+    problems = [f"{name}, line {number}: {reason}" for number, reason in told if reason]
+    newest = max(_checkpoint_folders(folder).items(), default=(0, folder))[1]
+    try:
+        hashes = _parse(read_regular(newest / "COMPLETE"))["row_hashes"][name]
+    except (OSError, ValueError, LookupError, TypeError):  # a resume tells what is wrong with it
+        return problems
+    if isinstance(hashes, list) and (line := _first_other(rows, hashes)) is not None:
+        problems.append(f"{name}, line {line} is not the row that {newest.name} was saved after")
+    return problems
+
+
+def _told_by(
+    folder: Path, run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The status of a training run as its rows tell it; empty where they tell nothing."""
+    if not (metrics or evaluations) or run.get("kind") == "evaluated":
+        return {}
+    used = metrics[-1].get("fraction", 0.0) if metrics else 0.0
+    used = used if record_fields.mismatch(used, float) is None else 0.0
+    ended = used >= 1 and any(row.get("weights") == "current" for row in evaluations)
+    done = ended and ((folder / "lora").is_dir() or not _checkpoint_folders(folder))  # a copy may have neither
+    message = "" if done else "status.json was lost; the same command continues from the last checkpoint"
+    return {"status": "done" if done else "interrupted", "message": message, "fraction": min(1.0, used)}
+
+
+def rebuild_status(folder: Path) -> bool:
+    """Write a lost status.json again as the rows tell it; whether that was needed.
+
+    Raises LockedError if another process writes the run, RecordError if the file cannot be written.
+    """
+    run = read_run(folder)
+    if not run.status or not any(problem.startswith("status.json") for problem in run.problems):
+        return False
+    lock = _take_lock(folder / LOCK)
+    try:
+        atomic_write(folder / "status.json", _dump(run.status, "status.json"))
+    finally:
+        os.close(lock)
+    return True
+
+
+def missing_files(run: Run) -> list[str]:
+    """Scores and pictures that the rows of a run name and that are not there."""
+    named = (row.get(kind) for row in run.evaluations for kind in ATTACHED)
+    return [name for name in named if isinstance(name, str) and not (run.folder / name).is_file()]
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import math
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +14,24 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from alignbench import assembly, base_evaluation, model_card, optimizer, plan, schema
+from alignbench import assembly, base_evaluation, inputs, model_card, optimizer, plan, schema
 from alignbench.assembly import Parts
-from alignbench.configuration import identity, reward_name, run_folder, variant
+from alignbench.configuration import check_overlay, identity, reward_name, run_folder, variant
 from alignbench.errors import AlignbenchError, LockedError, RecordError, RewardError
 from alignbench.evaluation import Protocol
 from alignbench.methods.method import Clock
 from alignbench.processes import Processes, Stopped
 from alignbench.prompts.sets import draw
-from alignbench.records import Checkpoint, RunDirectory, Status, differences, read_run, writer
+from alignbench.records import (
+    Checkpoint,
+    RunDirectory,
+    Status,
+    differences,
+    missing_files,
+    read_run,
+    rebuild_status,
+    writer,
+)
 from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
@@ -46,6 +55,7 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
     """
     processes = assembly.launched(config)
     with processes.together():
+        check_overlay()
         schema.check(config)
         folder = run_folder(config, overrides)
         if not config.dry_run and processes.share(processes.main and finished(folder, config, processes)):
@@ -75,19 +85,28 @@ def finished(folder: Path, config: DictConfig, processes: Processes) -> bool:
 
     Raises:
         LockedError: another live process is at it.
+        RecordError: it was begun with inputs that have changed since.
     """
     known = read_run(folder)
-    if known.status.get("status") == "done" and not differences(known.config, identity(config)):
+    same = not differences(known.config, identity(config))
+    if known.status.get("status") == "done" and same:
         before, now = known.run.get("git", {}), assembly.environment(processes)["git"]
         since = ""
         if changed := differences({"git": before}, {"git": now}):
             since += f"; warning: it was made by other code ({', '.join(changed)})"
-        if assembly.other_prompts(config, known.run.get("final_protocol", {})):
-            since += f"; warning: {config.prompts.path} holds other prompts now"
+        with suppress(AlignbenchError):  # an input that is gone: nothing to compare with
+            changed = inputs.changes(folder, assembly.read_inputs(config), config)
+            since += "".join(f"; warning: other content now: {each}" for each in changed)
+        if missing := missing_files(known):
+            since += f"; warning: {len(missing)} files that its evaluations name are missing ({missing[0]})"
+        if rebuild_status(folder):
+            since += "; status.json was lost and is written again"
         print(f"{folder}: already done, skipped{since}", flush=True)
         return True
     if (busy := writer(folder)) is not None:
         raise LockedError(folder, busy)
+    if same and known.config:
+        inputs.check_unchanged(folder, assembly.read_inputs(config), config)
     return False
 
 
@@ -135,7 +154,14 @@ def verdict(error: BaseException) -> tuple[Status, str]:
 
 def wasted_before(records: RunDirectory) -> int:
     """The passes that earlier attempts at this run have wasted, by its status."""
-    return int(records.status.get("volatile", {}).get("wasted_nfe", 0))
+    return recorded_number(records.status, "volatile", "wasted_nfe")
+
+
+def recorded_number(row: Mapping[str, Any], part: str, name: str) -> int:
+    """A count of a row that nothing vouches for; 0 where there is none."""
+    section = row.get(part)
+    value = section.get(name) if isinstance(section, Mapping) else None
+    return value if isinstance(value, int) else 0
 
 
 @contextmanager
@@ -309,8 +335,8 @@ class Loop:
         before = self.clock.fraction
         spent = self._spent()
         iteration = self.clock.iteration + 1
-        seconds = self._sum({"gpu_seconds": self.parts.ledger.clocks()["total"]})
-        fraction = self.parts.budget.fraction(spent | seconds | {"iterations": iteration})
+        seconds = {"gpu_seconds": self.parts.ledger.gpu_seconds(self._sum)}
+        fraction = max(before, self.parts.budget.fraction(spent | seconds | {"iterations": iteration}))
         self.clock = replace(self.clock, iteration=iteration, fraction=fraction)
         decay = math.exp(-(fraction - before) / self.config.evaluation.average)
         self.parts.policy.blend("evaluation", decay)
@@ -357,7 +383,10 @@ class Loop:
         name = f"{self.evaluations:04d}_{protocol.name}_{weights}_g{guidance:g}"
         known = None
         if weights == "base" and self.records is not None:
-            known = base_evaluation.recorded(self.records.folder, described["hash"], guidance)
+            folder, number = self.records.folder, self.evaluations
+            known, passed_over = base_evaluation.recorded(folder, described["hash"], guidance, number)
+            for reason in passed_over:
+                tqdm.write(reason)
         known = self.parts.processes.share(known)
         if known is None:
             if self.config.progress and self.records is not None:
@@ -376,7 +405,7 @@ class Loop:
             scores, grid, source = result.scores, result.grid, None
         else:
             measured, scores, grid, source = known.measured, known.scores, known.grid, known.source
-            self.parts.evaluator.repeat(protocol, guidance=guidance, cost=measured["cost"])
+            self.parts.evaluator.repeat(self.parts.evaluator.samples(protocol), guidance, measured["cost"])
         spent = self._spent()
         if self.records is not None:
             self.records.append_evaluation(
@@ -439,7 +468,10 @@ class Loop:
             wasted = wasted_before(self.records)
             cut = self.records.restore(checkpoint)["metrics.jsonl"]
             if cut:
-                wasted, lost = max(wasted, cut[-1]["volatile"]["wasted_nfe"]), cut[-1]["ledger"]["nfe"]
+                wasted = max(wasted, recorded_number(cut[-1], "volatile", "wasted_nfe"))
+                lost = recorded_number(cut[-1], "ledger", "nfe")
+            for name in missing_files(read_run(self.records.folder)):
+                tqdm.write(f"{self.records.folder / name} is missing; the run goes on without it")
         checkpoint = self.parts.processes.share(checkpoint)
         if checkpoint is None:
             self.parts.ledger.wasted_nfe += wasted + lost

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from scipy.stats import binom
 
 from alignbench import assembly
 from alignbench.assembly import Parts
-from alignbench.configuration import CONF
+from alignbench.configuration import composed
 from alignbench.methods.diffusion_nft import DiffusionNFT
 from alignbench.methods.method import Clock, Experience, Update
 from alignbench.prompts.sets import draw
@@ -28,9 +27,8 @@ STEPS = 10
 
 def parts_for(dtype: str, threads: int, *overrides: str) -> Parts:
     """The embedded default, ready to run."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", [f"model.policy.dtype={dtype}", f"threads={threads}", "device=cpu", *overrides])
-    return assembly.assemble(config)
+    common = [f"model.policy.dtype={dtype}", f"threads={threads}", "device=cpu"]
+    return assembly.assemble(composed([*common, *overrides]))
 
 
 def bare_pass(parts: Parts, latents: torch.Tensor, sigma: torch.Tensor, condition: Any) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Names of variants: short, canonical, and different for different settings."""
 
+from collections.abc import Iterator
 from typing import get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from alignbench import assembly, plan
-from alignbench.configuration import CONF, identity, run_folder, variant
+from alignbench.configuration import CONF, composed, identity, run_folder, variant
+from alignbench.errors import ConfigError
 from alignbench.policies.diffusers_policy import Options
 
 
@@ -41,6 +44,38 @@ def test_what_a_reward_is_for_other_models_is_not_part_of_a_runs_identity() -> N
         whole = identity(compose("config", ["reward=pickscore"]))
     assert set(whole["reward"]["parts"]["pickscore"]) == {"weight", "shapes"}
     assert set(whole["evaluation"]["scorers"]["pickscore"]) == {"shapes"}
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """No command has composed anything, before or after."""
+    HydraConfig.instance().cfg = None
+    yield
+    HydraConfig.instance().cfg = None
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_overlay_that_was_named_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"unknown overlay 'shape_flow_grpo'\. Did you mean 'shapes_flow_grpo'\?"):
+        composed(["overlay=shape_flow_grpo"])
+    with pytest.raises(ConfigError, match=r"unknown overlay 'TYPO'\. overlay=none takes the published"):
+        composed(["overlay=TYPO"])
+    composed(["model=flux_dev", "method=dpo"])  # the automatic one may be absent
+    assert "hydra" not in composed([])
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_the_plan_says_which_overlay_acts() -> None:
+    assert plan.overlay() == []
+    for overrides, told in (
+        (["method=flow_grpo"], "shapes_flow_grpo"),
+        (["overlay=none"], "none: the published settings"),
+        (["experiment=as_published"], "none: the published settings"),
+        (["model=flux_dev", "method=dpo"], "none: the published settings"),
+        (["method=dpo", "overlay=shapes_sdpo"], "shapes_sdpo"),
+    ):
+        composed(overrides)
+        assert plan.overlay() == [("overlay", told)]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "shapes"))

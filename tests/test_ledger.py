@@ -1,7 +1,8 @@
 """Budgets end runs; phases stay apart; every pass, text and second is charged once, where it belongs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,56 @@ def test_counts_of_all_processes_add_up_and_their_common_texts_count_once() -> N
     row = mine.row(join)
     assert (row["nfe"], row["flops"]) == (4, 2**60 + 1 + 3 * 10)  # a float would lose the 1
     assert isinstance(row["flops"], int)
+
+
+def joined(ledgers: Sequence[Ledger]) -> dict[str, Any]:
+    """The state that the main process of several saves."""
+    asked: list[list[dict[str, float]]] = []
+    for ledger in ledgers:
+        asked.append([])
+        ledger.state_dict(lambda values: asked[-1].append(dict(values)) or values)  # type: ignore[func-returns-value]
+    turns = iter(zip(*asked, strict=True))
+
+    def join(values: dict[str, float]) -> dict[str, float]:
+        parts = next(turns)
+        return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
+
+    return json.loads(json.dumps(ledgers[0].state_dict(join)))  # type: ignore[no-any-return]
+
+
+def continued(state: Mapping[str, Any], processes: int) -> list[Ledger]:
+    ledgers = [Ledger() for _ in range(processes)]
+    for rank, ledger in enumerate(ledgers):
+        ledger.seconds["training"] = 100.0  # getting ready again is no part of the run
+        ledger.load_state_dict(state, main=rank == 0)
+    return ledgers
+
+
+def total(ledgers: Sequence[Ledger]) -> float:
+    return sum(ledger.gpu_seconds() for ledger in ledgers)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2), (2, 3)])
+def test_seconds_of_all_processes_go_on_with_another_number_of_them(before: int, after: int) -> None:
+    ledgers = [Ledger() for _ in range(before)]
+    for rank, ledger in enumerate(ledgers):
+        ledger.seconds |= {"rollout": 3.0 + rank, "training": 2.0, "evaluation": 50.0}
+    spent = total(ledgers)
+    assert spent == {1: 5.0, 2: 11.0}[before]
+    again = continued(joined(ledgers), after)
+    assert total(again) == spent
+    assert again[0].clocks()["total"] == 5.0  # the main process's own, as before
+    again[-1].seconds["training"] += 4.0
+    third = continued(joined(again), 1)
+    assert total(third) == spent + 4.0
+
+
+def test_a_state_of_an_earlier_version_has_the_main_process_seconds() -> None:
+    ledger = Ledger()
+    ledger.seconds["rollout"] = 3.0
+    state = ledger.state_dict()
+    del state["volatile"]["gpu_seconds"]
+    assert total(continued(state, 1)) == 3.0
 
 
 def test_a_reward_is_measured_on_its_first_call_and_texts_apart_from_images(tiny_run: Compose) -> None:

@@ -17,6 +17,7 @@ from alignbench.records import Checkpoint, RunDirectory, read_run, strip_volatil
 
 CONFIG = {"method": {"name": "scripted", "beta": 0.1}, "steps": [1, 2], "seed": 0}
 RUN = {"experiment": "faults", "config_hash": records.config_hash(CONFIG), "threads": 1}
+EVALUATED = {"protocol_hash": "c0ffee000001", "weights": "evaluation", "guidance": 1.0, "metrics": {"reward": 0.5}}
 PRIMITIVES = ("_mkdir", "_open", "_write", "_fsync", "_truncate", "_replace", "_rmtree")
 DONE, REFUSED, KILLED = 0, 3, -signal.SIGKILL
 
@@ -41,13 +42,14 @@ def scripted_run(folder: Path, tensor: Callable[[list[float]], Any] | None = Non
         directory.set_status("running", fraction=done / iterations)
         for iteration in range(done + 1, iterations + 1):
             weights = weights / 2 + iteration
-            volatile = {"seconds": time.perf_counter()}
+            volatile = {"seconds": {"training": time.perf_counter()}}
             directory.append_metrics({"iteration": iteration, "w": weights[0].item(), "volatile": volatile})
             if iteration % 2:
                 evaluations += 1
                 scores = directory.write_scores(f"{evaluations:04}_evaluation", {"w": weights.tolist()})
                 grid = directory.write_image(f"{evaluations:04}_evaluation", bytes([iteration]) * 40)
-                directory.append_evaluation({"evaluation": evaluations, "scores": scores, "grid": grid})
+                row = {"evaluation": evaluations, "fraction": iteration / iterations, "scores": scores, "grid": grid}
+                directory.append_evaluation(row | EVALUATED)
             state = {"iteration": iteration, "evaluations": evaluations}
             directory.save_checkpoint(iteration, {"policy": {"w": weights}}, state)
         directory.set_status("done", fraction=1.0)
