@@ -297,7 +297,7 @@ class Scoring(Stack):
     def __init__(self, reward: Reward, ledger: Ledger, processes: Processes, micro_batch: int) -> None:
         self.reward, self.ledger, self.processes = reward, ledger, processes
         self.micro_batch = MicroBatch(micro_batch, ledger)
-        self._reward_flops = {}
+        self._reward_flops, self._score_names = {}, {}
 
 
 def check_same(base: SampledImages, other: SampledImages) -> None:

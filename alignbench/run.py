@@ -19,11 +19,11 @@ from alignbench.assembly import Parts
 from alignbench.configuration import identity, reward_name, run_folder, variant
 from alignbench.errors import AlignbenchError, LockedError, RecordError, RewardError
 from alignbench.evaluation import Protocol
+from alignbench.memory import out_of_memory
 from alignbench.methods.method import Clock
 from alignbench.processes import Processes, Stopped
 from alignbench.prompts.sets import draw
 from alignbench.records import Checkpoint, RunDirectory, Status, differences, read_run, writer
-from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
 
