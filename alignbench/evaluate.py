@@ -84,8 +84,7 @@ class Task:
             raise ConfigError("save_images=true with images=FOLDER: they are in that folder already")
         for what, value in (("name", self.name), ("label", self.label or "base")):
             schema.folder_name(value, f"{what} is")
-        if self.micro_batch < 1:
-            raise ConfigError(f"micro_batch is {self.micro_batch}: it must be 1 or more")
+        schema.check_machine(self.seed, self.threads, self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -397,7 +396,7 @@ def evaluate(config: DictConfig) -> Path:
         if task.images is not None:
             subject = Images(config, task, processes)
         else:
-            subject = Weights(config, task, processes, folder / "samples" if task.save_images else None)
+            subject = Weights(config, task, processes, (folder / "samples").absolute() if task.save_images else None)
         settings = identity(config)
         for key in (*SUBJECTS, "base_images", "guidance", "label", "save_images"):
             settings.pop(key, None)
@@ -419,7 +418,9 @@ def evaluate(config: DictConfig) -> Path:
             "normalisation": dict(task.reward["normalisation"]),
             **assembly.environment(processes),
         }
-        with RunDirectory.open(folder, config=settings, run=described) if processes.main else nullcontext() as records:
+        with (
+            RunDirectory.open(folder.absolute(), config=settings, run=described) if processes.main else nullcontext()
+        ) as records:
             if processes.share(records is not None and records.status.get("status") == "done"):
                 if processes.main:
                     print(f"{folder}: already done, skipped")

@@ -63,7 +63,10 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         plan.check_budget(config, outline)
         described = assembly.describe(config, parts) | {"variant": variant(overrides), "reward": reward_name(config)}
         with (
-            RunDirectory.open(folder, config=identity(config), run=described) if processes.main else nullcontext()
+            # absolute, since code of the user's may change the working directory
+            RunDirectory.open(folder.absolute(), config=identity(config), run=described)
+            if processes.main
+            else nullcontext()
         ) as records:
             if not processes.share(records is not None and records.status.get("status") == "done"):
                 carry_out(config, parts, records)  # otherwise another process has done it meanwhile

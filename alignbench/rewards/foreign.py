@@ -7,10 +7,11 @@ kept. A copy costs one batch of images for the time of the call; torch counts ch
 are made through the NumPy array that shares its memory.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
@@ -41,7 +42,8 @@ def guarded(doing: str, module: str = "") -> Iterator[None]:
         RewardError: anything else. The exception itself is the cause.
     """
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # a reward that switches gradients does so for itself
+        # A reward that changes the working directory, or switches gradients off, does so for itself alone.
+        with chdir(os.getcwd()), torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     except AlignbenchError:
         raise

@@ -381,7 +381,7 @@ class Unfinished(Reward):
         ("Nameless", ConfigError, "which makes a Nameless: it must make an .*Reward whose `name` is text"),
         ("Unfinished", RewardError, "raised TypeError: Can't instantiate abstract class Unfinished"),
         ("raises", ConfigError, "reward.parts.red.shapes.error is missing"),
-        ("WEIGHT", RewardError, "reward.parts.red.shapes, when it was made, .* not a callable object"),
+        ("WEIGHT", ConfigError, "WEIGHT', a Tensor: it must be the name of a class"),
     ],
 )
 def test_what_cannot_be_made_a_reward(
