@@ -6,7 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from alignbench.configuration import CONF, identity, variant
+from alignbench.configuration import CONF, identity, plain, variant
+from alignbench.ledger import Budget
 from alignbench.policies.diffusers_policy import Options
 
 
@@ -40,6 +41,27 @@ def test_what_a_reward_is_for_other_models_is_not_part_of_a_runs_identity() -> N
         whole = identity(compose("config", ["reward=pickscore"]))
     assert set(whole["reward"]["parts"]["pickscore"]) == {"weight", "shapes"}
     assert set(whole["evaluation"]["scorers"]["pickscore"]) == {"shapes"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limits"),
+    [
+        ([], {"flops": 1e13}),
+        (["budget=demo"], {"flops": 2e12}),
+        (["budget.flops=null", "budget.iterations=5"], {"iterations": 5}),
+        (["experiment=reference"], {"flops": 6e12}),
+        (["model=sd15"], {"iterations": 1000}),
+        (["model=flux_dev", "budget.iterations=30"], {"iterations": 30}),
+        (["model=sdxl", "budget.flops=1e17"], {"flops": 1e17, "iterations": 1000}),
+        (["model=sdxl", "budget.flops=1e17", "budget.iterations=null"], {"flops": 1e17}),
+        (["experiment=flow_grpo_geneval_sd35"], {"iterations": 5600}),
+        (["experiment=srpo_hpsv2_flux"], {"iterations": 20}),
+    ],
+)
+def test_a_budget_fits_the_models_domain(overrides: list[str], limits: dict[str, float]) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides)
+    assert Budget(config.budget).limits == Budget(plain(config)["budget"]).limits == limits
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "shapes"))

@@ -1,6 +1,7 @@
 """The door to a user's reward: what it may return, and the sentence that says what it did wrong."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -358,6 +359,26 @@ class Unhashable(Own):
 def test_a_reward_need_not_be_hashable_nor_name_its_scores(tiny_run: Compose) -> None:
     config = tiny_run(reward=f"{__name__}.Unhashable")
     assert json.loads((run(config) / "status.json").read_text())["status"] == "done"
+
+
+class Wanders(Own):
+    """Leaves the working directory that it was called in."""
+
+    name = "wanders"
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
+        os.chdir("/")
+        return super().score(images, prompts)
+
+
+def test_relative_results_survive_a_change_of_directory(
+    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = run(tiny_run("results=here", reward=f"{__name__}.Wanders"))
+    assert Path.cwd() == tmp_path
+    assert folder == Path("here/default/shapes/red/diffusion_nft/seed0")
+    assert json.loads((tmp_path / folder / "status.json").read_text())["status"] == "done"
 
 
 class Raises:
