@@ -150,10 +150,10 @@ def explain(error: Exception, conf: Path) -> str:
     told = r"Could not (?:override|append to config|delete from config\.) '([^']+)'|Key '([^']+)' is not in struct"
     if key := re.search(told, text):
         asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
-        known = _known_keys(conf)
-        if elsewhere := known.get(asked):
+        keys = _known_keys(conf)
+        if elsewhere := keys.get(asked):
             return f"{asked!r} is no setting of what was chosen, but of {', '.join(elsewhere)}; --cfg job prints all"
-        return f"unknown setting {asked!r}.{nearest(asked, list(known))} --cfg job prints all of them"
+        return f"unknown setting {asked!r}.{nearest(asked, list(keys))} --cfg job prints all of them"
     return str(error)
 
 
