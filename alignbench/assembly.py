@@ -29,6 +29,7 @@ from alignbench.processes import Processes
 from alignbench.prompts import sets
 from alignbench.prompts.prompt import Prompt
 from alignbench.records import config_hash
+from alignbench.rewards import foreign
 from alignbench.rewards.reward import Reward, WeightedSum
 from alignbench.sampling.rollout import Sampler
 from alignbench.stack import Stack
@@ -138,7 +139,7 @@ def assemble(config: DictConfig, processes: Processes | None = None) -> Parts:
         policy.grid(sampler.steps, sampler.grid)  # refuses one that the model does not have, before any is walked
     for view in (*method.needs.views, "evaluation"):
         policy.add_view(view)
-    reward.check(checked.prompts)
+    foreign.check(reward, checked.prompts)
     stack = Stack(policy, reward, new_ledger(processes), processes, micro_batch=config.micro_batch)
     adamw = _plain(config.method.optimizer)
     return Parts(
@@ -205,15 +206,31 @@ def _method(config: DictConfig) -> Method:
 def trained_reward(config: DictConfig, processes: Processes) -> Reward:
     """The reward that is trained on: its one part, or the weighted sum of several."""
     domain = config.model.domain
-    device = str(processes.device)
     rewards = {
         name: (
-            _made(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", device=device),
+            _reward(for_domain(part, domain, f"reward {name}"), f"reward.parts.{name}.{domain}", processes),
             float(part["weight"]),
         )
         for name, part in _plain(config.reward.parts).items()
     }
     return WeightedSum(rewards) if len(rewards) > 1 else _single(rewards)
+
+
+def _reward(node: Any, where: str, processes: Processes) -> Reward:
+    """A reward of the configuration.
+
+    Raises:
+        ConfigError: a setting that does not fit, or something that is no reward, or has no name.
+        RewardError: it could not be made.
+    """
+    with foreign.guarded(f"{where}, when it was made,"):
+        made = _made(node, where, device=str(processes.device))
+    if not isinstance(made, Reward) or not isinstance(getattr(made, "name", None), str):
+        raise ConfigError(
+            f"{where}._target_ is {node['_target_']}, which makes a {type(made).__name__}: it must make an "
+            "alignbench.rewards.reward.Reward whose `name` is text"
+        )
+    return made
 
 
 def pretrained(config: DictConfig, processes: Processes, **settings: Any) -> Policy:
@@ -291,7 +308,7 @@ def scorers(config: DictConfig, processes: Processes) -> dict[str, Reward]:
     """The configured scorers that exist for the model's domain."""
     domain = config.model.domain
     return {
-        name: _made(node[domain], f"evaluation.scorers.{name}.{domain}", device=str(processes.device))
+        name: _reward(node[domain], f"evaluation.scorers.{name}.{domain}", processes)
         for name, node in _plain(config.evaluation.scorers).items()
         if domain in node
     }
@@ -299,14 +316,14 @@ def scorers(config: DictConfig, processes: Processes) -> dict[str, Reward]:
 
 def evaluator(config: DictConfig, stack: Stack, prompts: Sequence[Prompt], scorers: Mapping[str, Reward]) -> Evaluator:
     """What evaluates with the scorers that can score these prompts."""
-    stack.reward.check(prompts)
+    foreign.check(stack.reward, prompts)
     fewest = min(config.evaluation[name].images_per_tag for name in ("curve", "final"))
     if fewest * len({tag_of(prompt) for prompt in prompts}) < stack.processes.count:
         raise ConfigError(f"{stack.processes.count} processes but fewer evaluated images: raise images_per_tag")
     if not all(prompt.metadata.get("include") for prompt in prompts):  # prompts of one's own have no GenEval records
         scorers = {name: scorer for name, scorer in scorers.items() if name != "geneval"}
     for scorer in scorers.values():
-        scorer.check(prompts)
+        foreign.check(scorer, prompts)
     features = config.evaluation.features
     if features is not None and not hasattr(scorers.get(features), "embed_images"):
         able = [name for name, scorer in scorers.items() if hasattr(scorer, "embed_images")]

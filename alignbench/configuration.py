@@ -24,6 +24,14 @@ NOT_IDENTITY = (
 CHOICES = ("model", "method", "reward", "seed", "name", "experiment")  # named by the folders of a run's path
 
 
+def by_domain(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """What ``${by_domain:{shapes:1,photo:2}}`` stands for: the value for the model's domain, or null."""
+    return values.get(OmegaConf.select(_root_, "model.domain"))
+
+
+OmegaConf.register_new_resolver("by_domain", by_domain, replace=True)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as plain data, interpolations resolved.
 
@@ -104,15 +112,20 @@ def target(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """What ``_target_`` names.
 
     Raises:
-        ConfigError: it is missing, or cannot be imported.
+        ConfigError: it is missing, no name, or cannot be imported or called.
     """
+    if "_target_" not in node:
+        raise ConfigError(f"{where}._target_ is missing: it must be the full name of a class")
+    name = node["_target_"]
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}._target_ is {name!r}: it must be the full name of a class")
     try:
-        found: Callable[..., Any] = hydra.utils.get_object(node["_target_"])
-    except KeyError as error:
-        raise ConfigError(f"{where}._target_ is missing: it must be the full name of a class") from error
+        found: Callable[..., Any] = hydra.utils.get_object(name)
     except (ImportError, ValueError) as error:
-        reason = (error.__cause__ or error).args[0]
-        raise ConfigError(f"{where}._target_ is {node['_target_']}, which cannot be imported: {reason}") from error
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"{where}._target_ is {name!r}, which cannot be imported: {reason}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}._target_ is {name!r}, a {type(found).__name__}: it must be the name of a class")
     return found
 
 
@@ -185,27 +198,30 @@ def explain(error: Exception, conf: Path) -> str:
     told = r"Could not (?:override|append to config|delete from config\.) '([^']+)'|Key '([^']+)' is not in struct"
     if key := re.search(told, text):
         asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
-        return f"unknown setting {asked!r}.{nearest(asked, _known_keys(conf))} --cfg job prints all of them"
+        keys = _known_keys(conf)
+        if elsewhere := keys.get(asked):
+            return f"{asked!r} is no setting of what was chosen, but of {', '.join(elsewhere)}; --cfg job prints all"
+        return f"unknown setting {asked!r}.{nearest(asked, list(keys))} --cfg job prints all of them"
     return str(error)
 
 
-def _known_keys(conf: Path) -> list[str]:
-    """Dotted keys of the default configuration, from its files."""
-    keys: dict[str, None] = {}
+def _known_keys(conf: Path) -> dict[str, list[str]]:
+    """Dotted keys of all configuration files, with the choices (``group=name``) that have each."""
+    keys: dict[str, list[str]] = {}
 
-    def walk(node: Any, prefix: str) -> None:
+    def walk(node: Any, prefix: str, choice: str) -> None:
         for key, value in node.items():
-            keys[f"{prefix}{key}"] = None
+            keys.setdefault(f"{prefix}{key}", []).append(choice)
             if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.")
+                walk(value, f"{prefix}{key}.", choice)
 
     for path in sorted(conf.rglob("*.yaml")):
         group = path.parent.name
-        keys[group] = None
+        keys.setdefault(group, [])
         if path.parent == conf or group not in ("overlay", "experiment"):
             plain = OmegaConf.to_container(OmegaConf.load(path))
             if isinstance(plain, dict):
                 plain.pop("defaults", None)
                 plain.pop("hydra", None)
-                walk(plain, "" if path.parent == conf else f"{group}.")
-    return list(keys)
+                walk(plain, "" if path.parent == conf else f"{group}.", f"{group}={path.stem}")
+    return keys

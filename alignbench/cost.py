@@ -26,6 +26,7 @@ from alignbench import assembly
 from alignbench.assembly import Parts
 from alignbench.command import command_line
 from alignbench.configuration import CONF
+from alignbench.memory import out_of_memory
 from alignbench.methods.method import Clock
 from alignbench.policies.policy import Policy
 from alignbench.policies.saved_pipeline import ARCHITECTURES
@@ -33,7 +34,6 @@ from alignbench.prompts.prompt import Prompt
 from alignbench.prompts.sets import draw
 from alignbench.rewards.reward import Reward
 from alignbench.speed import replaced
-from alignbench.stack import out_of_memory
 from alignbench.training import optimizer_step
 
 MODELS = ("sd35_medium", "flux_dev", "sdxl", "sd15")

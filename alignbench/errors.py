@@ -20,7 +20,11 @@ class CheckpointError(AlignbenchError):
 
 
 class RewardError(AlignbenchError):
-    """A reward is not finite, or does not vary at all."""
+    """A reward fails, returns what is no reward, is not finite, or does not vary at all."""
+
+
+class RewardMemoryError(RewardError):
+    """Memory ran out inside a reward: it is asked for fewer images at once before this ends a run."""
 
 
 class RecordError(AlignbenchError):

@@ -83,8 +83,7 @@ class Task:
             raise ConfigError("save_images=true with images=FOLDER: they are in that folder already")
         for what, value in (("name", self.name), ("label", self.label or "base")):
             schema.folder_name(value, f"{what} is")
-        if self.micro_batch < 1:
-            raise ConfigError(f"micro_batch is {self.micro_batch}: it must be 1 or more")
+        schema.check_machine(self.seed, self.threads, self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ class Scoring(Stack):
     def __init__(self, reward: Reward, ledger: Ledger, processes: Processes, micro_batch: int) -> None:
         self.reward, self.ledger, self.processes = reward, ledger, processes
         self.micro_batch = MicroBatch(micro_batch, ledger)
-        self._reward_flops = {}
+        self._reward_flops, self._score_names = {}, {}
 
 
 def suite_of(config: DictConfig, images: SampledImages) -> int:
@@ -405,7 +404,7 @@ def evaluate(config: DictConfig) -> Path:
         if task.images is not None:
             subject = Images(config, task, processes)
         else:
-            subject = Weights(config, task, processes, folder / "samples" if task.save_images else None)
+            subject = Weights(config, task, processes, (folder / "samples").absolute() if task.save_images else None)
         settings = identity(config)
         for key in (*SUBJECTS, "base_images", "guidance", "label", "save_images"):
             settings.pop(key, None)
@@ -428,7 +427,9 @@ def evaluate(config: DictConfig) -> Path:
             "inputs": subject.inputs(),
             **assembly.environment(processes),
         }
-        with RunDirectory.open(folder, config=settings, run=described) if processes.main else nullcontext() as records:
+        with (
+            RunDirectory.open(folder.absolute(), config=settings, run=described) if processes.main else nullcontext()
+        ) as records:
             if processes.share(records is not None and records.status.get("status") == "done"):
                 if processes.main:
                     print(f"{folder}: already done, skipped")

@@ -24,10 +24,12 @@ from alignbench.records import config_hash
 from alignbench.rewards.reward import EmbedsImages, Reward
 from alignbench.sampling.rollout import Sampler
 from alignbench.seeding import seed_of, seeds_of
+from alignbench.settings import between
 from alignbench.stack import POLICY, REWARD, Stack
 
 GRID_COLUMNS = 4  # images of a prompt in the sample grid
 GRID_ROWS_PER_TAG = 2
+MOST_IMAGES_PER_TAG = 100_000
 DRIFT_SAMPLES = 64
 DRIFT_SIGMAS = (0.9, 0.7, 0.5, 0.3)
 
@@ -55,8 +57,7 @@ class Protocol:
     guidance: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.images_per_tag < 1:
-            raise ConfigError(f"evaluation {self.name}: images_per_tag is {self.images_per_tag}, it must be 1 or more")
+        between(self.images_per_tag, 1, MOST_IMAGES_PER_TAG, f"evaluation {self.name}: images_per_tag")
         if not self.guidance:
             raise ConfigError(f"evaluation {self.name}: guidance is empty, give at least one scale, for example [1.0]")
         for guidance in self.guidance:

@@ -6,6 +6,7 @@ that evaluation never costs a method anything.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -191,7 +192,7 @@ class Budget:
         limits: positive amounts by axis (see ``AXES``); None means no limit on that axis.
 
     Raises:
-        BudgetError: no axis is limited, an axis is unknown, or a limit is not positive.
+        BudgetError: no axis is limited, an axis is unknown, or a limit is not positive and finite.
     """
 
     def __init__(self, limits: Mapping[str, float | None]) -> None:
@@ -199,8 +200,8 @@ class Budget:
         for axis, limit in self.limits.items():
             if axis not in AXES:
                 raise BudgetError(f"budget.{axis} is not counted; choose from {', '.join(AXES)}")
-            if limit <= 0:
-                raise BudgetError(f"budget.{axis} is {limit:g}: it must be positive")
+            if not 0 < limit < math.inf:
+                raise BudgetError(f"budget.{axis} is {limit:g}: it must be positive, and finite")
         if not self.limits:
             raise BudgetError(f"the run would never end: set a limit on one of budget.{{{', '.join(AXES)}}}")
 

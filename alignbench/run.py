@@ -19,6 +19,7 @@ from alignbench.assembly import Parts
 from alignbench.configuration import check_overlay, identity, reward_name, run_folder, variant
 from alignbench.errors import AlignbenchError, LockedError, RecordError, RewardError
 from alignbench.evaluation import Protocol
+from alignbench.memory import out_of_memory
 from alignbench.methods.method import Clock
 from alignbench.processes import Processes, Stopped
 from alignbench.prompts.sets import draw
@@ -32,7 +33,6 @@ from alignbench.records import (
     rebuild_status,
     writer,
 )
-from alignbench.stack import out_of_memory
 from alignbench.tracking import Tracker, numbers_of
 from alignbench.training import optimizer_step
 
@@ -73,7 +73,10 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> Path:
         plan.check_budget(config, outline)
         described = assembly.describe(config, parts) | {"variant": variant(overrides), "reward": reward_name(config)}
         with (
-            RunDirectory.open(folder, config=identity(config), run=described) if processes.main else nullcontext()
+            # absolute, since code of the user's may change the working directory
+            RunDirectory.open(folder.absolute(), config=identity(config), run=described)
+            if processes.main
+            else nullcontext()
         ) as records:
             if not processes.share(records is not None and records.status.get("status") == "done"):
                 carry_out(config, parts, records)  # otherwise another process has done it meanwhile

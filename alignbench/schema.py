@@ -14,9 +14,20 @@ from omegaconf import DictConfig
 from alignbench.configuration import plain
 from alignbench.errors import ConfigError
 from alignbench.prompts.sets import Balance, Split
-from alignbench.settings import checked, construct
+from alignbench.settings import between, checked, construct
 
 Section = Mapping[str, Any]
+
+# Wider than anything useful, and narrow enough that no slip of the hand overflows, hangs or fills the memory.
+LARGEST_SEED = 2**63 - 1  # what torch takes
+MOST_THREADS = 1024
+MOST_ROWS = 65_536  # of one call
+POLICY = {  # of a model's policy, where it has them
+    "rank": (1, 4096),
+    "alpha": (1e-6, 1e6),
+    "max_sequence_length": (0, 4096),
+    "resolution": (8, 8192),
+}
 
 
 def check(config: DictConfig) -> None:
@@ -38,12 +49,15 @@ def check_evaluated(model: Section, reward: Section, prompts: Section, evaluatio
     """Refuse sections that say what is evaluated, and how, if they cannot be used; see ``check``."""
     construct(Model, model, "model")
     for name, part in construct(Reward, reward, "reward").parts.items():
-        folder_name(name, "reward.parts has a part")
+        folder_name(str(name), "reward.parts has a part")
+        checked(part, Section, f"reward.parts.{name}")
         if "weight" not in part:
             raise ConfigError(f"reward.parts.{name}.weight is missing: it must be a number (1.0 for a single part)")
         checked(part["weight"], float, f"reward.parts.{name}.weight")
     construct(Prompts, prompts, "prompts")
-    construct(Evaluation, evaluation, "evaluation")
+    for name, node in construct(Evaluation, evaluation, "evaluation").scorers.items():
+        for domain, scorer in checked(node, Section, f"evaluation.scorers.{name}").items():
+            checked(scorer, Section, f"evaluation.scorers.{name}.{domain}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,7 @@ class Run:
 
     def __post_init__(self) -> None:
         folder_name(self.name, "name is")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}: it must be 1 or more, or null for torch's own choice")
-        if self.micro_batch < 1:
-            raise ConfigError(f"micro_batch is {self.micro_batch}: it must be 1 or more")
+        check_machine(self.seed, self.threads, self.micro_batch)
         if not 0 < self.checkpoint_every <= 1:
             raise ConfigError(f"checkpoint_every is {self.checkpoint_every}: a fraction of the budget in (0, 1]")
 
@@ -105,6 +116,10 @@ class Model:
 
     def __post_init__(self) -> None:
         folder_name(self.name, "model.name is")
+        for name, (least, most) in POLICY.items():
+            value = self.policy.get(name)
+            if isinstance(value, int | float):
+                between(value, least, most, f"model.policy.{name}")
 
 
 @dataclass(frozen=True)
@@ -133,14 +148,16 @@ class Optimizer:
     clip: float
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"method.optimizer.lr is {self.lr:g}; it must be positive")
-        if self.eps <= 0:
-            raise ConfigError(f"method.optimizer.eps is {self.eps:g}; it must be positive")
+        for name, value in (("lr", self.lr), ("eps", self.eps)):
+            if not 0 < value <= 1:  # a step moves each weight by at most about lr
+                raise ConfigError(f"method.optimizer.{name} is {value:g}; it must be positive and at most 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"method.optimizer.betas is {list(self.betas)}; each must be in [0, 1)")
-        if self.weight_decay < 0:
-            raise ConfigError(f"method.optimizer.weight_decay is {self.weight_decay:g}; it must be 0 or more")
+        if not 0 <= self.lr * self.weight_decay < 1:  # a step multiplies weights by 1 - lr weight_decay
+            raise ConfigError(
+                f"method.optimizer.weight_decay is {self.weight_decay:g}; it must be 0 or more, and less than 1 / lr = "
+                f"{1 / self.lr:g}"
+            )
         if self.clip < 0:
             raise ConfigError(f"method.optimizer.clip is {self.clip:g}; it must be positive, or 0 not to clip")
 
@@ -149,10 +166,14 @@ class Optimizer:
 class Reward:
     """``conf/reward``; ``renamed`` is what an old name of it tells those who use it."""
 
-    parts: Mapping[str, Section]
+    parts: Mapping[str, Any]
     targets: Mapping[str, float]
     normalisation: Mapping[str, float]
     renamed: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("reward.parts is empty: it must have at least one part; see conf/reward/*.yaml")
 
 
 @dataclass(frozen=True)
@@ -176,14 +197,26 @@ class Evaluation:
     curve: Section
     final: Section
     features: str | None
-    scorers: Mapping[str, Section]
+    scorers: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         fractions = list(self.fractions)
         if fractions != sorted(set(fractions)) or not fractions or fractions[0] != 0 or fractions[-1] != 1:
             raise ConfigError(f"evaluation.fractions is {fractions}: they must increase from 0 to 1")
-        if self.average <= 0:
-            raise ConfigError(f"evaluation.average is {self.average}: a positive fraction of the budget")
+        if not 0 < self.average <= 1:
+            raise ConfigError(f"evaluation.average is {self.average}: a fraction of the budget in (0, 1]")
+
+
+def check_machine(seed: int, threads: int | None, micro_batch: int) -> None:
+    """Refuse a seed, a number of threads or a micro-batch that torch or the machine cannot take.
+
+    Raises:
+        ConfigError: names the setting and its range.
+    """
+    between(seed, 0, LARGEST_SEED, "seed")
+    if threads is not None:
+        between(threads, 1, MOST_THREADS, "threads", ", or null for torch's own choice")
+    between(micro_batch, 1, MOST_ROWS, "micro_batch")
 
 
 def folder_name(name: str, what: str) -> None:

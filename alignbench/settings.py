@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,6 +13,7 @@ from alignbench.errors import ConfigError
 
 T = TypeVar("T")
 
+LONGEST_VALUE = 120  # characters of a value that a message quotes
 PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path", NoneType: "null"}
 
 
@@ -36,7 +37,7 @@ def arguments(target: Callable[..., Any], settings: Mapping[str, Any], where: st
     known = [name for name in parameters if name not in more]
     unknown = [name for name in settings if name not in known]
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        hint = f"{nearest(unknown[0], known)} It has: {', '.join(known)}" if known else " It has none"
+        hint = f"{nearest(str(unknown[0]), known)} It has: {', '.join(known)}" if known else " It has none"
         raise ConfigError(f"{where or 'the configuration'} has no setting {unknown[0]!r}.{hint}")
     given = {name: value for name, value in more.items() if name in parameters}
     for name, parameter in parameters.items():
@@ -70,11 +71,38 @@ def checked(value: Any, hint: Any, key: str) -> Any:
         ConfigError: the value does not fit the annotation; names the key, the value and what works.
     """
     if not fits(value, hint):
-        given = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        given = repr(value) if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
+        given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
         verb = "choose" if any(get_origin(each) is Literal for each in _members(hint)) else "it must be"
-        raise ConfigError(f"{key} is {given}: {verb} {wanted(hint)}")
+        unquoted = ", without quotes" if isinstance(value, str) and _is_number(value, hint) else ""
+        raise ConfigError(f"{key} is {given}: {verb} {wanted(hint)}{unquoted}")
     wants_tuple = any(get_origin(each) is tuple for each in _members(hint))
     return tuple(value) if wants_tuple and isinstance(value, list) else value
+
+
+def between(value: float, least: float, most: float, key: str, otherwise: str = "") -> None:
+    """Refuse a number outside [least, most].
+
+    Args:
+        otherwise: what else the message may say that works.
+
+    Raises:
+        ConfigError: names the key, the value and the range.
+    """
+    if not least <= value <= most:
+        given = str(value) if -1e20 < value < 1e20 else "too large a number"
+        raise ConfigError(f"{key} is {given}: it must be between {least:,} and {most:,}{otherwise}")
+
+
+def _is_number(text: str, hint: Any) -> bool:
+    """Whether text reads as a number that would fit."""
+    for kind in (int, float):
+        try:
+            if fits(kind(text), hint):
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -85,7 +113,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == each and type(value) is type(each) for each in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        largest = sys.float_info.max  # an integer may be larger
+        return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is Path:
@@ -125,7 +154,8 @@ def _choices(hint: Any) -> list[str]:
 
 
 def nearest(asked: str, known: Sequence[str]) -> str:
-    """`` Did you mean ...?``, or nothing if no known name is close."""
+    """`` Did you mean ...?``, or nothing if no other known name is close."""
+    known = [each for each in known if each != asked]
     close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
     if not close:
         last = asked.rsplit(".", 1)[-1]

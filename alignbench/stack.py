@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from alignbench.errors import RewardError
 from alignbench.ledger import Ledger
+from alignbench.memory import out_of_memory
 from alignbench.policies.policy import Condition, Policy
 from alignbench.processes import Processes
 from alignbench.prompts.prompt import Prompt
+from alignbench.rewards import foreign
 from alignbench.rewards.reward import EmbedsImages, Reward, check_finite
 from alignbench.sampling.rollout import Sampler, Trajectory, branch, finish, sample
 
@@ -80,18 +83,13 @@ class MicroBatch:
             try:
                 with self.ledger.attempt():
                     results.append(run(rows))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except Exception as error:
                 if not out_of_memory(error) or self.size == 1:
                     raise
                 self.halve()
                 continue
             start = rows.stop
         return results
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's or the machine's memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Stack:
@@ -115,7 +113,8 @@ class Stack:
         self.micro_batch = MicroBatch(micro_batch, ledger)
         self.flops = {name: int(flops) for name, flops in policy.flops().items()}
         self.flops |= {"denoiser_backward": self._backward_flops(), "text": self._text_flops()}
-        self._reward_flops: dict[tuple[object, str], int] = {}  # of one image or text, by reward and kind of pass
+        self._reward_flops: dict[tuple[int, str], int] = {}  # of one image or text, by reward and kind of pass
+        self._score_names: dict[int, list[str]] = {}  # what each reward returned first
 
     def _backward_flops(self) -> int:
         """FLOPs of one sample's backward pass through the denoiser for the weights that are trained; measured once."""
@@ -210,16 +209,20 @@ class Stack:
             ids: of the images, to name one that has no finite score; default their places in the micro-batch.
 
         Raises:
-            RewardError: a score is not finite.
+            RewardError: a score is not finite, or not what a reward may return; see ``rewards.foreign``.
         """
         reward = reward or self.reward
         with_gradient = torch.is_grad_enabled() and images.requires_grad
         if not with_gradient:
             images = (images * 255).round() / 255
         with self.ledger.scoring():
-            _, each_text = self._measured((reward, "text"), len(prompts[:1]), lambda: reward.encode(prompts[:1]))
-            reward.encode(prompts)
-            scores, each_image = self._measured((reward, "image"), len(images), lambda: reward.score(images, prompts))
+            first = prompts[:1]
+            _, each_text = self._measured((id(reward), "text"), len(first), lambda: foreign.encode(reward, first))
+            foreign.encode(reward, prompts)
+            scores, each_image = self._measured(
+                (id(reward), "image"), len(images), lambda: foreign.score(reward, images, prompts)
+            )
+        self._check_names(reward, list(scores))
         passes = 3 if with_gradient else 1
         self.ledger.count(reward_calls=len(images), flops=passes * len(images) * each_image)
         if each_text:
@@ -231,11 +234,20 @@ class Stack:
 
     def embed(self, images: Tensor, scorer: EmbedsImages) -> Tensor:
         """A scorer's embeddings ``[batch, features]`` of images in [0, 1]; counted, but not as a reward call."""
-        embeddings, each = self._measured((scorer, "embedding"), len(images), lambda: scorer.embed_images(images))
+        embeddings, each = self._measured((id(scorer), "embedding"), len(images), lambda: foreign.embed(scorer, images))
         self.ledger.count(flops=len(images) * each)
         return embeddings
 
-    def _measured(self, kind: tuple[object, str], rows: int, call: Callable[[], T]) -> tuple[T, int]:
+    def _check_names(self, reward: Reward, names: list[str]) -> None:
+        """Refuse a reward whose scores have other names in one batch than in another: a table needs all of them."""
+        first = self._score_names.setdefault(id(reward), names)
+        if set(first) != set(names):
+            raise RewardError(
+                f"reward {reward.name} gave the scores {', '.join(names)}, and {', '.join(first)} before: it must give "
+                "the same ones in every call"
+            )
+
+    def _measured(self, kind: tuple[int, str], rows: int, call: Callable[[], T]) -> tuple[T, int]:
         """What a call returns, and the FLOPs of one of its rows: counted while the first call of its kind runs."""
         if kind in self._reward_flops or rows == 0:
             return call(), self._reward_flops.get(kind, 0)

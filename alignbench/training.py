@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from alignbench.errors import AlignbenchError
+from alignbench.memory import out_of_memory
 from alignbench.methods.method import Method, Update
-from alignbench.stack import Stack, out_of_memory
+from alignbench.stack import Stack
 
 
 def optimizer_step(
@@ -34,7 +35,7 @@ def optimizer_step(
             with stack.ledger.attempt():
                 sums, largest = accumulate(stack, method, update)
             break
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except Exception as error:
             if not out_of_memory(error) or stack.micro_batch.size == 1:
                 raise
             stack.micro_batch.halve()

@@ -5,12 +5,18 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from omegaconf import open_dict
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from alignbench import records
+from alignbench import assembly, records, schema
 from alignbench.configuration import identity
 from alignbench.errors import (
     AlignbenchError,
@@ -21,9 +27,11 @@ from alignbench.errors import (
     RecordError,
     RewardError,
 )
+from alignbench.ledger import Budget
 from alignbench.methods.method import Needs
 from alignbench.run import run
-from tests.conftest import Compose
+from alignbench.settings import nearest
+from tests.conftest import CONF, Compose
 from tests.stand_ins import GroupCentred
 
 STEP = "tests.stand_ins"
@@ -47,16 +55,26 @@ def command(*arguments: str) -> str:
         ("bugdet.flops=1", "Did you mean 'budget.flops'?"),
         ("method=difusion_nft", "unknown method 'difusion_nft'. Did you mean 'diffusion_nft'? Known: "),
         ("reward=genevall", "unknown reward 'genevall'. Did you mean 'geneval'?"),
+        (
+            "model.policy.guidance_embedding=1",
+            "'model.policy.guidance_embedding' is no setting of what was chosen, but of model=flux_dev",
+        ),
+        ("budget.flops.x=1", "unknown setting 'budget.flops.x'. Did you mean 'budget.flops'?"),
     ],
 )
 def test_unknown_names_come_with_the_nearest_known_one(override: str, message: str) -> None:
     assert message in command("--cfg", "job", override)
 
 
+def test_the_nearest_name_is_another_one() -> None:
+    assert nearest("beta", ["beta", "betta"]) == " Did you mean 'betta'?"
+    assert nearest("a.beta", ["a.beta"]) == ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (["method.batch.images=0"], ConfigError, "method.batch.images is 0: it must be 1 or more"),
+        (["method.batch.images=0"], ConfigError, "method.batch.images is 0: it must be between 1 and 1,000,000"),
         (["method.batch.updates=3"], ConfigError, "8 images cannot be split into 3 equal updates"),
         (["method.batch.prompts=5"], ConfigError, "needs 5 distinct prompts but the set has 4"),
         (["method.rollout.steps=1"], ConfigError, "rollout steps is 1: at least 2"),
@@ -101,14 +119,14 @@ def test_values_that_cannot_work(
         (["method.algorithm.times=few"], "method.algorithm.times is 'few': it must be an integer or null"),
         (["method.algorithm.mode=some"], "is 'some': choose all, positive_only, negative_only, one_only or binary"),
         (["method=flow_grpo", "method.algorithm.detach_uncond=1"], "detach_uncond is 1: it must be true or false"),
-        (["method.algorithm._target_=alignbench.nothing.There"], "alignbench.nothing.There, which cannot be imported"),
+        (["method.algorithm._target_=alignbench.nothing.There"], "alignbench.nothing.There', which cannot be imported"),
         (["method.optimizer.betas=[0.9]"], "betas is [0.9]: it must be a list of 2 (a number, a number)"),
         (["method.optimizer.betas=[0.9,1.0]"], "betas is [0.9, 1.0]; each must be in [0, 1)"),
         (["method.optimizer.lr=fast"], "method.optimizer.lr is 'fast': it must be a number"),
         (["method.optimizer.eps=0"], "method.optimizer.eps is 0; it must be positive"),
         (["method.optimizer.clip=-1"], "method.optimizer.clip is -1; it must be positive, or 0 not to clip"),
         (["method.optimizer.weight_decay=-0.1"], "method.optimizer.weight_decay is -0.1; it must be 0 or more"),
-        (["threads=0"], "threads is 0: it must be 1 or more, or null"),
+        (["threads=0"], "threads is 0: it must be between 1 and 1,024, or null for torch's own choice"),
         (["seed=first"], "seed is 'first': it must be an integer"),
         (["device=tpu"], "device is 'tpu': choose auto, cpu or cuda"),
         (["progress=maybe"], "progress is 'maybe': it must be true or false"),
@@ -121,6 +139,15 @@ def test_values_that_cannot_work(
         (["name=../x"], "name is '../x': it names a folder, so use letters, digits and any of _ . @ = , + -"),
         (["model.name=a/b"], "model.name is 'a/b': it names a folder"),
         (["method.name=''"], "method.name is '': it names a folder"),
+        (["method.optimizer.lr='1e-4'"], "method.optimizer.lr is '1e-4': it must be a number, without quotes"),
+        (["method.optimizer.lr=inf"], "method.optimizer.lr is Infinity: it must be a number"),
+        (["budget.iterations=inf"], "budget.iterations is Infinity: it must be a number or null"),
+        (["budget.iterations=nan"], "budget.iterations is NaN: it must be a number or null"),
+        (["model.policy=null"], "model.policy is null: it must be a mapping"),
+        (["method.batch=null"], "method.batch is null: it must be a mapping"),
+        (["evaluation.curve=null"], "evaluation.curve is null: it must be a mapping"),
+        (["method.algorithm._target_=5"], "method.algorithm._target_ is 5: it must be the full name of a class"),
+        (["method.algorithm._target_=os.sep"], "is 'os.sep', a str: it must be the name of a class"),
     ],
 )
 def test_settings_of_another_name_or_type(tiny_run: Compose, overrides: list[str], message: str) -> None:
@@ -129,6 +156,120 @@ def test_settings_of_another_name_or_type(tiny_run: Compose, overrides: list[str
         run(config)
     assert message in str(raised.value)
     assert not Path(config.results).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed is -1: it must be between 0 and 9,223,372,036,854,775,807"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808: it must be between 0 and"),
+        (f"seed=1{'0' * 400}", "seed is too large a number: it must be between 0 and"),
+        ("threads=1000000", "threads is 1000000: it must be between 1 and 1,024, or null for torch's own choice"),
+        ("micro_batch=0", "micro_batch is 0: it must be between 1 and 65,536"),
+        ("micro_batch=1000000000", "micro_batch is 1000000000: it must be between 1 and 65,536"),
+        ("model.policy.rank=0", "model.policy.rank is 0: it must be between 1 and 4,096"),
+        ("model.policy.rank=-4", "model.policy.rank is -4: it must be between"),
+        ("model.policy.rank=1000000000", "model.policy.rank is 1000000000: it must be between"),
+        ("model.policy.rank=65", "the LoRA rank is 65, but no layer it is added to has a rank above 16"),
+        ("model.policy.alpha=0", "model.policy.alpha is 0: it must be between 1e-06 and 1,000,000"),
+        ("model.policy.alpha=-1", "model.policy.alpha is -1: it must be between"),
+        ("model.policy.max_sequence_length=-1", "model.policy.max_sequence_length is -1: it must be between 0 and"),
+        ("model.policy.resolution=-16", "model.policy.resolution is -16: it must be between 8 and 8,192"),
+        ("model.policy.resolution=1000000", "model.policy.resolution is 1000000: it must be between 8 and 8,192"),
+        ("model.policy.resolution=17", "resolution must be a multiple of"),
+        ("method.optimizer.lr=1e10", "method.optimizer.lr is 1e+10; it must be positive and at most 1"),
+        (
+            "method.optimizer.weight_decay=1e10",
+            "method.optimizer.weight_decay is 1e+10; it must be 0 or more",
+        ),
+        ("method.batch.images=1000000000", "method.batch.images is 1000000000: it must be between 1 and 1,000,000"),
+        ("method.batch.images=1000000", "2 prompts x 1000000 images = 2,000,000 images an iteration: at most"),
+        ("evaluation.average=2", "evaluation.average is 2: a fraction of the budget in (0, 1]"),
+        (
+            "evaluation.curve.images_per_tag=0",
+            "curve: images_per_tag is 0: it must be between 1 and 100,000",
+        ),
+        ("evaluation.final.images_per_tag=1000000000", "images_per_tag is 1000000000: it must be between"),
+        ("evaluation.curve.guidance=[]", "evaluation curve: guidance is empty, give at least one scale"),
+        ("evaluation.final.guidance=[1e9]", "guidance is 1e+09: 1 means none, larger follows the prompt more closely"),
+        ("evaluation.curve.steps=1000000000", "rollout steps is 1000000000: it must be between 2 and 10,000"),
+    ],
+)
+def test_values_out_of_every_range(tiny_run: Compose, override: str, message: str) -> None:
+    config = tiny_run(override)
+    with pytest.raises(ConfigError) as raised:
+        run(config)
+    assert message in str(raised.value)
+    assert not Path(config.results).exists()
+
+
+@pytest.mark.parametrize(("given", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), (".5", 0.5), ("+1e-3", 1e-3), ("1", 1.0)])
+def test_numbers_may_be_written_in_any_way(tiny_run: Compose, given: str, value: float) -> None:
+    config = tiny_run(f"method.optimizer.lr={given}")
+    schema.check(config)
+    assert config.method.optimizer.lr == value
+
+
+@pytest.mark.parametrize(
+    "section", ["plan", "model", "method", "reward", "reward.parts", "reward.parts.red", "evaluation", "budget"]
+)
+def test_sections_that_are_null(tiny_run: Compose, section: str) -> None:
+    config = tiny_run()
+    OmegaConf.update(config, section, None)
+    with pytest.raises(ConfigError, match=f"^{section} is null: it must be a mapping$"):
+        schema.check(config)
+
+
+def test_a_reward_without_parts(tiny_run: Compose) -> None:
+    config = tiny_run()
+    config.reward.parts = {}
+    with pytest.raises(ConfigError, match=r"reward.parts is empty: it must have at least one part"):
+        schema.check(config)
+
+
+def test_a_scorer_that_is_null(tiny_run: Compose) -> None:
+    config = tiny_run()
+    config.evaluation.scorers = {"mine": {"shapes": None}}
+    with pytest.raises(ConfigError, match=r"evaluation.scorers.mine.shapes is null: it must be a mapping"):
+        schema.check(config)
+
+
+def settings_of(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration, sections included."""
+    for key in node:
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(node._get_node(key)):
+            yield from settings_of(node[key], f"{prefix}{key}.")
+
+
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    WHOLE = compose("config")
+NAMES = st.text("abcde_", min_size=1)
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([-(10**400), -1, 0, 1, 2**31, 2**63, 2**64, 10**20, 10**400]),
+        st.floats(),
+        st.text(max_size=5),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(settings_of(WHOLE))), ANYTHING)
+def test_any_value_anywhere_is_taken_or_refused_in_a_sentence(key: str, value: Any) -> None:
+    config = WHOLE.copy()
+    OmegaConf.set_struct(config, False)
+    section, _, name = key.rpartition(".")
+    (OmegaConf.select(config, section) if section else config)[name] = value
+    with suppress(AlignbenchError):
+        schema.check(config)
+        Budget(config.budget)
+        assembly.configured_protocols(config)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +461,7 @@ def test_prompt_files(tiny_run: Compose, tmp_path: Path, name: str, content: str
         (["evaluation.curve.name=final"], ConfigError, "need different names and one split"),
         (["evaluation.curve.split=tuning"], ConfigError, "need different names and one split"),
         (["evaluation.features=geneval"], ConfigError, "evaluation.features is 'geneval'"),
-        (["prompts.balance=tags"], ConfigError, "choose tag or none"),
+        (["prompts.balance=tags"], ConfigError, "choose tag, none or a mapping"),
         (["method.algorithm.a_max=0"], ConfigError, "a_max is 0"),
         (["method.algorithm.std=each"], ConfigError, "choose global or group"),
         (["method=flow_grpo", "method.algorithm.ddof=2"], ConfigError, "ddof is 2: choose 0 or 1"),

@@ -9,8 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from alignbench import assembly, plan
-from alignbench.configuration import CONF, composed, identity, run_folder, variant
+from alignbench.configuration import CONF, composed, identity, plain, run_folder, variant
 from alignbench.errors import ConfigError
+from alignbench.ledger import Budget
 from alignbench.policies.diffusers_policy import Options
 
 
@@ -76,6 +77,27 @@ def test_the_plan_says_which_overlay_acts() -> None:
     ):
         composed(overrides)
         assert plan.overlay() == [("overlay", told)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limits"),
+    [
+        ([], {"flops": 1e13}),
+        (["budget=demo"], {"flops": 2e12}),
+        (["budget.flops=null", "budget.iterations=5"], {"iterations": 5}),
+        (["experiment=reference"], {"flops": 6e12}),
+        (["model=sd15"], {"iterations": 1000}),
+        (["model=flux_dev", "budget.iterations=30"], {"iterations": 30}),
+        (["model=sdxl", "budget.flops=1e17"], {"flops": 1e17, "iterations": 1000}),
+        (["model=sdxl", "budget.flops=1e17", "budget.iterations=null"], {"flops": 1e17}),
+        (["experiment=flow_grpo_geneval_sd35"], {"iterations": 5600}),
+        (["experiment=srpo_hpsv2_flux"], {"iterations": 20}),
+    ],
+)
+def test_a_budget_fits_the_models_domain(overrides: list[str], limits: dict[str, float]) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides)
+    assert Budget(config.budget).limits == Budget(plain(config)["budget"]).limits == limits
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "shapes"))

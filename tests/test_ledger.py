@@ -281,5 +281,8 @@ def test_the_first_limit_ends_the_run() -> None:
     assert budget.fraction({"nfe": 20, "images": 5, "flops": 1e20}) == 0.5
     with pytest.raises(BudgetError, match=r"budget.nfe is 0: it must be positive"):
         Budget({"nfe": 0})
+    for limit in (float("nan"), float("inf"), -1):
+        with pytest.raises(BudgetError, match=r"budget.nfe is (nan|inf|-1): it must be positive, and finite"):
+            Budget({"nfe": limit})
     with pytest.raises(BudgetError, match="the run would never end"):
         Budget({"nfe": None})

@@ -14,7 +14,10 @@ from alignbench.policies.policy import Condition, Policy
 from alignbench.prompts.prompt import Prompt
 from alignbench.sampling.rollout import Sampler
 from alignbench.seeding import generator
+from alignbench.settings import between
 from alignbench.stack import Stack
+
+MOST_IMAGES = 1_000_000  # of an iteration; the largest of a paper is a few thousand
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,12 @@ class BatchSize:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "images", "updates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.batch.{name} is {getattr(self, name)}: it must be 1 or more")
+            between(getattr(self, name), 1, MOST_IMAGES, f"method.batch.{name}")
+        if self.total > MOST_IMAGES:
+            raise ConfigError(
+                f"{self.prompts} prompts x {self.images} images = {self.total:,} images an iteration: at most "
+                f"{MOST_IMAGES:,}"
+            )
         if self.total % self.updates:
             raise ConfigError(
                 f"{self.prompts} prompts x {self.images} images = {self.total} images cannot be split into "

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from alignbench.errors import CheckpointError, ConfigError
 
+MOST_REDUNDANT = 4  # times the largest layer's rank; published settings still work on small stand-ins for a model
+
 
 class LoraLinear(nn.Linear):
     """A frozen linear layer with a low-rank update: ``W x + b + (alpha / rank) B A x`` (LoRA, arXiv 2106.09685).
@@ -66,10 +68,11 @@ def add_lora(
         The trainable parameters by name, in module order.
 
     Raises:
-        ConfigError: the rank is not positive, or a target hits no linear layer.
+        ConfigError: the rank is not positive or far above every layer's, alpha is not positive, or a target hits no
+            linear layer.
     """
-    if rank < 1:
-        raise ConfigError(f"the LoRA rank must be a positive integer, got {rank}")
+    if rank < 1 or alpha <= 0:
+        raise ConfigError(f"the LoRA rank and alpha must be positive, got {rank} and {alpha:g}")
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     unused = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
     if unused or not targets:
@@ -79,12 +82,18 @@ def add_lora(
             + (f", of which {unused} hit none" if unused else "")
             + f"; layers end in {', '.join(endings)}"
         )
+    hit = {name: layer for name, layer in linears.items() if any(f".{name}".endswith(f".{each}") for each in targets)}
+    largest = max(min(layer.in_features, layer.out_features) for layer in hit.values())
+    if rank > MOST_REDUNDANT * largest:
+        raise ConfigError(
+            f"the LoRA rank is {rank}, but no layer it is added to has a rank above {largest}, and more adds nothing: "
+            f"at most {MOST_REDUNDANT * largest} is accepted"
+        )
     module.requires_grad_(False)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    for name, layer in linears.items():
-        if any(f".{name}".endswith(f".{target}") for target in targets):
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, LoraLinear(layer, rank, alpha, generator))
+    for name, layer in hit.items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, LoraLinear(layer, rank, alpha, generator))
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignbench.errors import ConfigError, RewardError
 from alignbench.prompts.prompt import Prompt
+from alignbench.rewards import foreign
 
 
 class Reward(ABC):
@@ -43,7 +44,8 @@ class Reward(ABC):
             prompts: one record per image.
 
         Returns:
-            Named float32 tensors of shape ``[batch]`` on the raw scale, the key ``reward`` first.
+            Named real numbers of shape ``[batch]`` on the raw scale, the key ``reward`` among them: tensors, NumPy
+            arrays or lists. The reward alone may come without a name.
         """
 
 
@@ -75,17 +77,17 @@ class WeightedSum(Reward):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for reward, _ in self.parts.values():
-            reward.check(prompts)
+            foreign.check(reward, prompts)
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
         for reward, _ in self.parts.values():
-            reward.encode(prompts)
+            foreign.encode(reward, prompts)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         total = torch.zeros(len(prompts), device=images.device)
         scores: dict[str, Tensor] = {}
         for name, (reward, weight) in self.parts.items():
-            part = reward.score(images, prompts)
+            part = foreign.score(reward, images, prompts)
             total = total + weight * part["reward"]
             scores |= {f"{name}/{key}": value for key, value in part.items()}
         return {"reward": total} | scores

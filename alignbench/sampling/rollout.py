@@ -10,7 +10,9 @@ from torch import Tensor
 from alignbench.errors import ConfigError
 from alignbench.sampling.solvers import SOLVERS, State
 from alignbench.sampling.stochastic import Kind, step
+from alignbench.settings import between
 
+MOST_STEPS, MOST_GUIDANCE = 10_000, 1_000.0  # far above what any paper takes
 GRIDS = ("pipeline", "shifted_linspace")
 
 
@@ -44,6 +46,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ConfigError(f"rollout steps is {self.steps}: at least 2, because the last step is never stochastic")
+        between(self.steps, 2, MOST_STEPS, "rollout steps")
         for name, value, known in (
             ("solver", self.solver, tuple(SOLVERS)),
             ("grid", self.grid, GRIDS),
@@ -51,8 +54,11 @@ class Sampler:
         ):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is not known; choose one of {', '.join(map(str, known))}")
-        if self.guidance < 1:
-            raise ConfigError(f"guidance is {self.guidance:g}: 1 means none, larger follows the prompt more closely")
+        if not 1 <= self.guidance <= MOST_GUIDANCE:
+            raise ConfigError(
+                f"guidance is {self.guidance:g}: 1 means none, larger follows the prompt more closely, and "
+                f"{MOST_GUIDANCE:g} is the most"
+            )
         if self.stochastic is not None and self.noise_level <= 0:
             raise ConfigError(
                 f"stochastic={self.stochastic} with noise_level={self.noise_level:g}: it must be positive"

@@ -73,6 +73,8 @@ def test_lora_target_without_a_layer_is_an_error(targets: list[str]) -> None:
 def test_lora_rank_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="got 0"):
         add_lora(block(), ["to_q"], 0, 4)
+    with pytest.raises(ConfigError, match="got 2 and 0"):
+        add_lora(block(), ["to_q"], 2, 0)
 
 
 @pytest.mark.parametrize("lora", [True, False])
