@@ -389,7 +389,7 @@ def _is_pipeline(source: str) -> bool:
 def content(source: str) -> dict[str, str | None]:
     """What identifies a checkpoint: SHA-256 of the files of a folder, the commit of a repository of the hub."""
     found = {"sha256": inputs.digest(source)}
-    return found if found["sha256"] else found | {"commit": inputs.commit(source, None)}
+    return found if found["sha256"] else found | {"commit": inputs.identified(source)}
 
 
 def evaluate(config: DictConfig) -> Path:
