@@ -358,6 +358,7 @@ def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
     """What run.json says about a run, apart from its reward and variant."""
     trainable = sum(parameter.numel() for parameter in parts.policy.trainable_parameters().values())
     known = protocols(config, parts)
+    main = parts.processes.main  # which alone writes records: files are read once
     return {
         "experiment": config.name,
         "model": config.model.name,
@@ -372,7 +373,7 @@ def describe(config: DictConfig, parts: Parts) -> dict[str, Any]:
         "normalisation": _plain(config.reward.normalisation),
         "budget": parts.budget.limits,
         "parameters": {"trainable": trainable},
-        "inputs": inputs.of(config, prompts=parts.prompts, evaluated=parts.evaluator.prompts),
+        "inputs": inputs.of(config, prompts=parts.prompts, evaluated=parts.evaluator.prompts) if main else {},
         **environment(parts.processes),
     }
 

@@ -377,7 +377,7 @@ def saving(draw: Draw, samples: Samples, folder: Path) -> Draw:
 def content(source: str) -> dict[str, str | None]:
     """What identifies a checkpoint: SHA-256 of the files of a folder, the commit of a repository of the hub."""
     found = {"sha256": inputs.digest(source)}
-    return found if found["sha256"] else found | {"commit": inputs.commit(source, None)}
+    return found if found["sha256"] else found | {"commit": inputs.identified(source)}
 
 
 def evaluate(config: DictConfig) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 from omegaconf import DictConfig, OmegaConf
 
 from alignbench.configuration import embedded, plain
@@ -102,7 +101,7 @@ def commit(repository: str, revision: str | None) -> str | None:
     wanted = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
     try:
         return (folder / "refs" / wanted).read_text().strip()
     except OSError:

@@ -108,8 +108,52 @@ def test_a_finished_evaluation_is_skipped_and_an_unfinished_one_makes_what_is_mi
     (whole / "status.json").write_text('{"status": "running"}')
     evaluate(evaluating())
     assert [row["metrics"] for row in rows_of(whole)] == [row["metrics"] for row in before]
+    assert [row["cost"] for row in rows_of(whole)] == [row["cost"] for row in before]  # texts are read once
     assert rows_of(whole)[0] == before[0]  # kept, not made again
     assert rows_of(whole)[1]["volatile"] != before[1]["volatile"]
+
+
+def test_a_row_that_no_evaluation_wrote_is_named(evaluating: Compose) -> None:
+    whole = evaluate(evaluating())
+    rows = rows_of(whole)
+    del rows[1]["cost"]
+    (whole / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (whole / "status.json").unlink()
+    with pytest.raises(RecordError, match=r"evaluations\.jsonl, row 2: cost is None.*delete that line"):
+        evaluate(evaluating())
+    (whole / "evaluations.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    evaluate(evaluating())
+    assert json.loads((whole / "status.json").read_text())["status"] == "done"
+
+
+def test_pictures_are_not_saved_through_a_link(evaluating: Compose, tmp_path: Path) -> None:
+    config = evaluating("save_images=true", "protocol=curve")
+    folder = evaluate(config)
+    (picture, *_) = sorted((folder / "samples").rglob("*.png"))
+    saved = picture.read_bytes()
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(b"my picture")
+    picture.unlink()
+    picture.symlink_to(mine)
+    (folder / "evaluations.jsonl").unlink()
+    (folder / "status.json").unlink()
+    evaluate(config)
+    assert mine.read_bytes() == b"my picture"
+    assert (picture.is_symlink(), picture.read_bytes()) == (False, saved)
+
+
+def test_other_base_weights_are_not_mixed_into_an_evaluation(
+    evaluating: Compose, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = evaluating(run_overrides=(f"model.policy.source={tmp_path / 'model'}",))
+    evaluate(config)
+    (weights,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RecordError, match=r"begun with other inputs .*\n  model\.policy\.source"):
+        evaluate(config)
 
 
 def test_records_of_something_else_are_not_overwritten(evaluating: Compose, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_a_repository_is_the_commit_of_its_revision(tmp_path: Path, monkeypatch:
     assert inputs.identified("owner/name/weights.pt") == f"commit:{'a' * 40}"
     assert inputs.identified("owner/name", "v2") == f"commit:{'b' * 40}"
     assert inputs.identified("owner/name", "c" * 40) == f"commit:{'c' * 40}"
-    assert inputs.identified("owner/other") is None
+    for place in ("owner/other", "/owner/name", "owner/--name..", "owner//name", "name"):
+        assert inputs.identified(place) is None
 
 
 def test_settings_that_name_no_file_are_no_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

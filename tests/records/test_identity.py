@@ -1,6 +1,7 @@
 """Records that were changed, copied, lost or put in place of something else: told, and nothing of a user's is lost."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted_run import CONFIG, RUN, contents, scripted_run
 
+from alignbench import record_fields
 from alignbench.errors import RecordError
 from alignbench.records import RunDirectory, missing_files, read_run, rebuild_status, writer
+
+NAMES = [*record_fields.METRICS, *record_fields.EVALUATION, "prompt_ids", "tags", "status", "nfe", "phases"]
 
 
 def opened(folder: Path, run: dict[str, Any] = RUN) -> RunDirectory:
@@ -282,6 +288,24 @@ def test_a_missing_field_is_a_problem(run: Path) -> None:
     del lines[1]["metrics"]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "evaluations.jsonl, line 2: it has no 'metrics'" in read_run(run).problems
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(NAMES) | st.text(), json_values, max_size=8), images=st.integers(0, 4))
+def test_any_object_is_told_in_words_or_accepted(row: dict[str, Any], images: int) -> None:
+    for kind in record_fields.REQUIRED:
+        told = record_fields.wrong(kind, row)
+        assert told is None or isinstance(told, str)
+    if record_fields.wrong_scores(row, images) is None:
+        assert all(math.isfinite(mean) for mean in record_fields.tag_means(row).values()) or not images
+    assert record_fields.wrong_cost(row) is not None or len(row) == 5
 
 
 # Inputs
