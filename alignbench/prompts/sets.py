@@ -79,7 +79,7 @@ def read_file(path: Path) -> list[Prompt]:
         repeats += first.id != f"{path.stem}/{number - 1:05d}"
     if repeats:
         left_out = "1 line that repeats one is" if repeats == 1 else f"{repeats:,} lines that repeat one are"
-        tell(f"{path}: {len(prompts):,} prompts; {left_out} left out")
+        tell(f"{path}: {len(prompts):,} prompt{'s' * (len(prompts) > 1)}; {left_out} left out")
     return list(prompts.values())
 
 

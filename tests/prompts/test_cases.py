@@ -69,7 +69,7 @@ def test_repeats_are_left_out_and_told_once(cases: Path, capsys: pytest.CaptureF
     assert sets.read_file(cases / "repeats.jsonl") == [
         Prompt("repeats/00000", "a photo of a square", input_cases.RECORD)
     ]
-    assert "1 prompts; 2 lines that repeat one are left out" in capsys.readouterr().err
+    assert "1 prompt; 2 lines that repeat one are left out" in capsys.readouterr().err
 
 
 def test_the_released_files_repeat_their_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
