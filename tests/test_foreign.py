@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from alignbench.command import command_line
+from alignbench.configuration import embedded
 from alignbench.errors import AlignbenchError, CheckpointError
 from alignbench.foreign import LARGEST_JSON, parse_object, read_header, read_json, read_tensors, reading, tensor_shapes
 from alignbench.policies.stable_diffusion_3 import StableDiffusion3Policy
@@ -302,6 +303,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], str]] = {
         "code of the checkpoint's ow",
     ),
     "code of a tokenizer": ("tokenizer/tokenizer_config.json", {"auto_map": {}}, "code of the checkpoint's own"),
+    "text for a shift": ("vae/config.json", {"shift_factor": "x"}, "shift_factor is 'x', expected a number"),
     "text for a scale": ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor is 'x'"),
 }
 
@@ -314,6 +316,11 @@ def test_settings_of_components_that_cannot_be(
     (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **changes}))
     with pytest.raises(CheckpointError, match=message):
         StableDiffusion3Policy.from_pretrained(copy, max_sequence_length=0)
+
+
+def test_the_shipped_model_is_accepted() -> None:
+    """Its autoencoder has a shift below zero."""
+    StableDiffusion3Policy.check_source(embedded("embedded:generator"))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ NUMBERS = {  # of components, that images are made with
     "unet": ("sample_size", "in_channels"),
     "vae": ("scaling_factor", "shift_factor", "latent_channels"),
 }
+SIGNED = ("shift_factor",)
 DIFFUSION_NUMBERS = ("num_train_timesteps", "beta_start", "beta_end")
 WHOLE = "a whole pipeline as save_pretrained writes it; save or download the checkpoint again"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # whole; CLIP's before its merges; T5's
@@ -257,7 +258,7 @@ def check_diffusion_scheduler(folder: Path) -> None:
 
 
 def check_numbers(path: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Check that settings, where they are there, are positive finite numbers.
+    """Check that settings, where they are there, are finite numbers, and positive but for those of `SIGNED`.
 
     Raises:
         CheckpointError: one is something else.
@@ -266,8 +267,9 @@ def check_numbers(path: Path, config: Mapping[str, Any], names: Sequence[str]) -
         value = config.get(name)
         if value is None:
             continue  # the class has a default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive number; download it again")
+        lowest, kind = (-math.inf, "a") if name in SIGNED else (0, "a positive")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not lowest < value < math.inf:
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected {kind} number; download it again")
 
 
 def _random_pipeline(folder: Path, pipeline_class: Any, index: Mapping[str, Any], dtypes: Mapping[str, Any]) -> Any:
