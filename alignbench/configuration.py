@@ -32,9 +32,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
+        raise ConfigError(_unresolved(error)) from error
+    if not isinstance(resolved, dict):
+        raise ConfigError(f"the configuration is a {type(resolved).__name__}: it must be a mapping")
     return {str(key): value for key, value in resolved.items()}
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """Which setting has no value, and why."""
+    where = f"{error.full_key}: " if error.full_key else ""
+    return f"the configuration is incomplete: {where}{str(error).splitlines()[0]}"
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
@@ -105,14 +112,19 @@ def target(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     Raises:
         ConfigError: it is missing, or cannot be imported.
     """
+    name = node.get("_target_")
+    if not isinstance(name, str):
+        given = "missing" if name is None else repr(name)
+        raise ConfigError(f"{where}._target_ is {given}: it must be the full name of a class, package.module.Name")
     try:
-        found: Callable[..., Any] = hydra.utils.get_object(node["_target_"])
-    except KeyError as error:
-        raise ConfigError(f"{where}._target_ is missing: it must be the full name of a class") from error
-    except (ImportError, ValueError) as error:
-        reason = (error.__cause__ or error).args[0]
-        raise ConfigError(f"{where}._target_ is {node['_target_']}, which cannot be imported: {reason}") from error
-    return found
+        found = hydra.utils.get_object(name)
+    except (ImportError, ValueError, SyntaxError) as error:
+        reason = str((error.__cause__ or error).args[0]).splitlines()[0]
+        raise ConfigError(f"{where}._target_ is {name}, which cannot be imported: {reason}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}._target_ is {name}, which is a {type(found).__name__}: it must name a class")
+    made: Callable[..., Any] = found
+    return made
 
 
 def embedded(node: Any) -> Any:
@@ -126,6 +138,8 @@ def embedded(node: Any) -> Any:
 
 def explain(error: Exception, conf: Path) -> str:
     """A composition error as one message, with the nearest known key or choice."""
+    if isinstance(error, OmegaConfBaseException):
+        return _unresolved(error)
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
@@ -137,6 +151,8 @@ def explain(error: Exception, conf: Path) -> str:
     told = r"Could not (?:override|append to config|delete from config\.) '([^']+)'|Key '([^']+)' is not in struct"
     if key := re.search(told, text):
         asked = (key.group(1) or key.group(2)).lstrip("+").split("=")[0]
+        if asked in _known_keys(conf):
+            return f"{asked!r} is a setting of another choice than these. --cfg job prints the settings of these"
         return f"unknown setting {asked!r}.{nearest(asked, _known_keys(conf))} --cfg job prints all of them"
     return str(error)
 

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from alignbench import assembly
+from alignbench import arguments, assembly
 from alignbench.assembly import Parts
 from alignbench.command import command_line
 from alignbench.configuration import CONF, reward_name
@@ -136,6 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.iterations < 3:
         raise ConfigError(f"--iterations {options.iterations}: at least 3 are needed")
+    arguments.check_overrides(options.overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", options.overrides)
     record = json.dumps(measure(config, options.iterations))

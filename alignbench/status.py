@@ -23,6 +23,7 @@ from rich.text import Text
 
 from alignbench.errors import RecordError
 from alignbench.records import ROW_FILES, Run, find_runs, read_run, writer
+from alignbench.terminal import lasting, printable, unwritten
 
 Place = tuple[str, str, str, str, int]  # experiment, model, reward, method, seed
 State = Literal["done", "running", "failed", "stopped", "missing"]
@@ -218,8 +219,9 @@ def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
     return {"cells": [vars(cell) for cell in cells], "totals": totals(cells)}
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 if there is no such folder."""
+    """Exit status 0, or 1 if there is no such folder or nowhere to write."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.status", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -231,10 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.json:
         print(json.dumps(as_json(cells), indent=1))
-        return 0
-    console = Console(highlight=False)
-    for part in tables(cells):
-        console.print(part)
+    else:
+        console = Console(highlight=False)
+        for part in tables(cells):
+            console.print(part)
+    if (reason := unwritten()) is not None:
+        print(f"error: the output cannot be written: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 

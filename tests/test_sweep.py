@@ -107,9 +107,11 @@ def test_results_that_cannot_be_written_are_told_before_the_first_cell(
 ) -> None:
     (tmp_path / "results").write_text("a file")
     told = swept(monkeypatch, *tiny, "seed=0,1")
-    assert str(told).startswith(f"alignbench: cannot write {tmp_path / 'results' / '.sweep'}")
-    assert "choose a results folder that this user can write to" in str(told)
-    assert "seed 0" not in capsys.readouterr().out
+    assert told == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"alignbench: cannot write {tmp_path / 'results' / '.sweep'}")
+    assert "choose a results folder that this user can write to" in shown.err
+    assert "seed 0" not in shown.out
 
 
 def test_a_failed_cell_does_not_stop_the_others_and_finished_ones_are_skipped(

@@ -21,6 +21,7 @@ from alignbench.records import atomic_write, read_run
 from alignbench.report import curves, data
 from alignbench.report.curves import MUTED, STYLE, styles
 from alignbench.report.data import TrainingRun
+from alignbench.terminal import lasting
 
 Array = NDArray[np.float64]
 METRICS: Mapping[str, str] = {
@@ -98,6 +99,7 @@ def draw(runs: Sequence[TrainingRun], metrics: Sequence[str]) -> Figure:
     return figure
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 where there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.report.internals", description=__doc__)

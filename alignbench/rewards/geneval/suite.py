@@ -23,6 +23,7 @@ from PIL import Image
 
 from alignbench.errors import DataError
 from alignbench.rewards.geneval.rules import Record
+from alignbench.terminal import lasting
 
 METADATA_FILE = "evaluation_metadata.jsonl"
 PROMPTS_FILE = "generation_prompts.txt"
@@ -302,6 +303,7 @@ def _read_prompt_folder(folder: Path) -> PromptImages:
 # ------------------------------------------------------------------------------------------------ command
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the prompt files of a seed."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.rewards.geneval.suite", description=main.__doc__)
