@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -193,14 +194,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {a} -> {b}" for key, a, b in pairs if a != b]
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. OSError for anything else: a pipe in a file's place would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def _complete_lines(path: Path) -> list[bytes]:
     """Lines that end in a newline, without it; what follows the last one is a write that a crash tore off."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return read_file(path).split(b"\n")[:-1] if path.exists() else []
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds one mapping. Raises OSError, or ValueError saying what is wrong with it."""
-    data = path.read_bytes()
+    data = read_file(path)
     if path.suffix == ".json":
         return _parse(data)
     try:
@@ -555,7 +568,7 @@ def _take_lock(path: Path) -> int:
 
 
 def _named_in(lock: Path) -> str:
-    process, _, host = lock.read_text().strip().partition(" ")
+    process, _, host = lock.read_bytes().decode(errors="replace").strip().partition(" ")
     where = f" on {host}" if host and host != socket.gethostname() else ""
     return f"process {process}{where}" if process else "another process"
 
@@ -566,7 +579,7 @@ def writer(folder: Path) -> str | None:
     Processes on other hosts are seen where the file system's locks reach them.
     """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:  # no run, or a copy of one
         return None
     try:

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,19 @@ from alignbench.configuration import CONF, explain, plain, target
 from alignbench.errors import AlignbenchError, ConfigError
 
 OWN = "results/reference/shapes/geneval/flow_grpo@lr=1e-4,beta=0/seed0/lora"
-ODD = [OWN, "a,b", "a#b", "a[1]", "a{b}", "a(b)", "ü/é", "日本", "a:b c", "x y", 'say "so"', "it's", "back\\slash\\", "a%b", "=",
-       "~/x", "a@b", "!", "a\tb"]  # fmt: skip
+ODD = [
+    *(OWN, "a,b", "a#b", "a[1]", "a{b}", "a(b)", "ü/é", "日本", "a:b c", "x y", 'say "so"', "it's", "back\\slash\\"),
+    *("a%b", "=", "~/x", "a@b", "!", "a\tb"),
+]
+
+
+def refusal(override: str) -> str:
+    """What is said of a setting; nothing if it is accepted."""
+    try:
+        check_overrides([override])
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -29,15 +41,14 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize("path", ODD)
 def test_a_path_is_read_or_its_quoted_form_is_given_and_works(path: str) -> None:
     override = f"checkpoint={path}"
-    try:
-        check_overrides([override])
-    except ConfigError as error:
+    told = refusal(override)
+    if told:
         form = quoted(override)
         assert form is not None
-        assert form in str(error)
-        assert "\n" not in str(error)
+        assert form in told
+        assert "\n" not in told
         (override,) = shlex.split(form)  # what the shell makes of it
-    check_overrides([override])
+    assert refusal(override) == ""
     assert composed(override).checkpoint == path
 
 
@@ -183,9 +194,8 @@ def test_a_setting_of_another_choice_is_not_its_own_correction() -> None:
     assert told.startswith("'reward.parts.pickscore.weight' is a setting of another choice than these.")
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(
-    ["${a}", "${a.b}", "${", "${oc.env:HOME}", "${b}", "???", "&a", "*a", "!!python/name:os", "a: b", "- a", "%"]
-)  # fmt: skip
+TEXTS = ["${a}", "${a.b}", "${", "${oc.env:HOME}", "${b}", "???", "&a", "*a", "!!python/name:os", "a: b", "- a", "%"]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(TEXTS)
 TREES = st.recursive(
     LEAVES, lambda node: st.lists(node, max_size=3) | st.dictionaries(st.text(max_size=4), node, max_size=3)
 )
@@ -204,9 +214,7 @@ def test_any_yaml_is_looked_at_in_bounded_time(tmp_path_factory: pytest.TempPath
 def test_any_configuration_is_plain_data_or_refused(content: dict[str, object]) -> None:
     try:
         config = OmegaConf.create(content)
-    except Exception:  # noqa: BLE001 - what OmegaConf does not take never reaches us
+    except Exception:  # what OmegaConf does not take never reaches us
         return
-    try:
+    with suppress(AlignbenchError):
         plain(config)
-    except AlignbenchError as error:
-        assert str(error).startswith("the configuration is incomplete: ")

@@ -97,7 +97,7 @@ def test_what_an_encoding_lacks_is_written_plainly(tmp_path: Path, monkeypatch: 
     with file.open("w", encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         with lasting():
-            print("−0.5 ± 0.1 ≥ 3 × é \ud800", end="")
+            print("−0.5 ± 0.1 ≥ 3 \N{MULTIPLICATION SIGN} é \ud800", end="")
             assert unwritten() is None
         assert sys.stdout is stream
     assert file.read_text() == "-0.5 +/- 0.1 >= 3 x ? ?"

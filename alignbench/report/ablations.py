@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[str, list[Ablation]]:
         BadAblations: unreadable, or a key is missing or unknown.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return str(content["experiment"]), [Ablation(**entry) for entry in content["ablations"]]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise BadAblations(
