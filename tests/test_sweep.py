@@ -270,3 +270,13 @@ def test_launchers(tiny: list[str], tmp_path: Path, launcher: list[str], methods
     assert finished.returncode == int("failed" in ended), finished.stderr
     assert f"sweep: {ended}\n" in finished.stdout
     assert [row["iteration"] for row in rows(cell_of(tmp_path / "results", "flow_grpo", 0))] == [1, 2]
+
+
+def test_a_stray_rank_hides_no_failure(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a batch system leaves it in the environment, without processes that belong to it."""
+    monkeypatch.setenv("RANK", "3")
+    assert swept(monkeypatch, *tiny, "seed=0", "micro_batch=0") == 1
+    assert "micro_batch is 0" in capsys.readouterr().out
+    assert [[outcome for outcome, _ in cells] for cells in outcomes(tmp_path / "results")] == [["failed"]]

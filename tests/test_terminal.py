@@ -14,6 +14,7 @@ from tests.conftest import Compose
 from tests.report.synthetic import write_run
 
 PLAN = "alignbench dry_run=true plan.flops_per_second=1e9"
+SETTINGS = "alignbench --cfg job"  # the same way out, without torch
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # otherwise Python makes it UTF-8
 
 
@@ -21,7 +22,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command of the shell in which `run` stands for the interpreter; its status is that of the first that failed."""
     script = f'set -o pipefail; run() {{ "{sys.executable}" -m "$@"; }}; {command}'
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | environment
+        ["bash", "-c", script], capture_output=True, text=True, timeout=600, env=os.environ | environment
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert "Error" not in done.stderr, done.stderr
@@ -29,9 +30,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("reader", ["head -1", "true"])
-@pytest.mark.parametrize(
-    "command", [PLAN, "alignbench --help", "alignbench.status --help", "alignbench.status RESULTS"]
-)
+@pytest.mark.parametrize("command", [SETTINGS, "alignbench.status --help", "alignbench.status RESULTS"])
 def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, command: str, reader: str) -> None:
     write_run(tmp_path, grids=False)
     done = shell(f"run {command.replace('RESULTS', str(tmp_path))} | {reader}")
@@ -39,11 +38,17 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, command: str, reader:
 
 
 @pytest.mark.parametrize("where", ["> /dev/full", ">&-", "2> /dev/full", "2>&-", "> /dev/full 2>&1"])
-def test_a_plan_needs_no_terminal(where: str) -> None:
-    assert shell(f"run {PLAN} {where}").returncode == 0
+def test_a_command_needs_no_terminal(where: str) -> None:
+    assert shell(f"run {SETTINGS} {where}").returncode == 0
 
 
-@pytest.mark.parametrize("where", ["2> /dev/full", "2>&-", ">&- 2>&-", "2>&1 | true"])
+def test_a_plan_of_which_one_line_is_read() -> None:
+    done = shell(f"run {PLAN} | head -1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "diffusion_nft on geneval" in done.stdout
+
+
+@pytest.mark.parametrize("where", ["2> /dev/full", ">&- 2>&-", "2>&1 | true"])
 def test_a_message_that_nobody_sees_keeps_its_exit_status(where: str) -> None:
     assert shell(f"run alignbench.status /nowhere {where}").returncode == 1
     assert shell(f"run alignbench method=nothing {where}").returncode == 1
@@ -57,7 +62,7 @@ def test_a_status_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, ASCII])
 def test_a_report_on_a_terminal_without_a_minus_sign(tmp_path: Path, environment: dict[str, str]) -> None:
-    write_run(tmp_path / "results")
+    write_run(tmp_path / "results", until=0.1, grids=False)
     command = f"run alignbench.report {tmp_path / 'results'} --output {tmp_path}"
     plain = shell(f"{command}/plain", **environment)
     assert plain.returncode == 0
@@ -69,7 +74,7 @@ def test_a_report_on_a_terminal_without_a_minus_sign(tmp_path: Path, environment
     assert pages[0] == pages[1]
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "7", "nonsense"])
+@pytest.mark.parametrize("columns", ["1", "nonsense"])
 def test_a_narrow_terminal(tmp_path: Path, columns: str) -> None:
     write_run(tmp_path, status="failed", message="a long message " * 20, grids=False)
     assert shell(f"run alignbench.status {tmp_path}", COLUMNS=columns, PYTHONIOENCODING="ascii").returncode == 0
