@@ -6,8 +6,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from alignbench import sweep
-from alignbench.command import command_line
-from alignbench.configuration import CONF
+from alignbench.command import command_line, composed
+from alignbench.configuration import CONF, plain
+from alignbench.terminal import lasting
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -16,6 +17,7 @@ def job(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep.cell(config)
         return
+    plain(config)  # what has no value is told by its name, before anything is read off it
     from alignbench.run import run
 
     run(config, overrides=list(HydraConfig.get().overrides.task))
@@ -23,8 +25,8 @@ def job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
-    with sweep.concluded():
-        command_line(job, "alignbench")
+    with lasting(), sweep.concluded():
+        command_line(composed(job), "alignbench")
 
 
 if __name__ == "__main__":

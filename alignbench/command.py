@@ -1,17 +1,38 @@
-"""How the commands that Hydra composes end: an error that a user can act on is one message."""
+"""How the commands that Hydra composes begin and end: an error that a user can act on is one message."""
 
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
+import yaml
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from alignbench import arguments
 from alignbench.configuration import CONF, explain
-from alignbench.errors import AlignbenchError, LockedError
+from alignbench.errors import AlignbenchError, ConfigError, LockedError
+from alignbench.terminal import lasting
 
 
+def composed(job: Callable[[], None]) -> Callable[[], None]:
+    """A job that Hydra composes from the command line, which is checked before."""
+
+    def checked() -> None:
+        arguments.check(sys.argv[1:])
+        try:
+            job()
+        except (yaml.YAMLError, UnicodeDecodeError) as error:  # of a file that Hydra reads
+            if (problem := arguments.misread(error, sys.argv[1:])) is None:
+                raise
+            raise ConfigError(problem) from error
+
+    return checked
+
+
+@lasting()
 def command_line(job: Callable[[], None], name: str) -> None:
     """Run a command: errors that a user can act on are one message, status 1 (75 if it is only too early, because
     another process is at the run); Ctrl-C is status 130. With ``ALIGNBENCH_DEBUG=1`` the traceback stands before it,
@@ -21,12 +42,16 @@ def command_line(job: Callable[[], None], name: str) -> None:
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # notices of torchvision, not needed
     try:
         job()
-    except HydraException as error:
-        sys.exit(f"{name}: {explain(error, CONF)}")
+    except (HydraException, OmegaConfBaseException) as error:
+        _end(f"{name}: {explain(error, CONF)}", 1)
     except AlignbenchError as error:
         if os.environ.get("ALIGNBENCH_DEBUG") == "1":
             traceback.print_exception(error)
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL if isinstance(error, LockedError) else 1)
+        _end(f"{name}: {error}", os.EX_TEMPFAIL if isinstance(error, LockedError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)

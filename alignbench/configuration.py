@@ -41,9 +41,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
+        raise ConfigError(_unresolved(error)) from error
+    if not isinstance(resolved, dict):
+        raise ConfigError(f"the configuration is a {type(resolved).__name__}: it must be a mapping")
     return {str(key): value for key, value in resolved.items()}
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """Which setting has no value, and why."""
+    where = f"{error.full_key}: " if error.full_key else ""
+    return f"the configuration is incomplete: {where}{str(error).splitlines()[0]}"
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def target(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
         raise ConfigError(f"{where}._target_ is {name!r}: it must be the full name of a class")
     try:
         found: Callable[..., Any] = hydra.utils.get_object(name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, SyntaxError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ConfigError(f"{where}._target_ is {name!r}, which cannot be imported: {reason}") from error
     if not callable(found):
@@ -187,6 +194,8 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 
 def explain(error: Exception, conf: Path) -> str:
     """A composition error as one message, with the nearest known key or choice."""
+    if isinstance(error, OmegaConfBaseException):
+        return _unresolved(error)
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from alignbench import assembly, base_evaluation, inputs, record_fields, schema
-from alignbench.command import command_line
+from alignbench.command import command_line, composed
 from alignbench.configuration import CONF, identity, plain, reward_name
 from alignbench.errors import AlignbenchError, CheckpointError, ConfigError, DataError, RecordError
 from alignbench.evaluation import Evaluation, Evaluator, Samples, tag_of
@@ -250,7 +250,7 @@ class Images(Subject):
     """
 
     def __init__(self, config: DictConfig, task: Task, processes: Processes) -> None:
-        assert task.images is not None
+        assert task.images is not None  # as Task has checked
         assert task.guidance is not None
         self.task = task
         folders = {"evaluation": SampledImages.read(Path(task.images))}
@@ -588,12 +588,13 @@ def summary(records: RunDirectory) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def job(config: DictConfig) -> None:
     """Score what the composed configuration names."""
+    plain(config)  # what has no value is told by its name, before anything is read off it
     evaluate(config)
 
 
 def main() -> None:
     """Run the command line."""
-    command_line(job, "alignbench.evaluate")
+    command_line(composed(job), "alignbench.evaluate")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from alignbench import assembly
+from alignbench import arguments, assembly
 from alignbench.assembly import Parts
 from alignbench.command import command_line
 from alignbench.configuration import composed, reward_name
@@ -135,6 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.iterations < 3:
         raise ConfigError(f"--iterations {options.iterations}: at least 3 are needed")
+    arguments.check_overrides(options.overrides)
     config = composed(options.overrides)
     record = json.dumps(measure(config, options.iterations))
     print(record)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from alignbench.configuration import CONF, for_domain, target
 from alignbench.errors import ConfigError
 from alignbench.methods.method import Method
+from alignbench.policies.policy import Policy
 
 
 def check(config: DictConfig, method: Method) -> None:
@@ -50,8 +51,15 @@ def parameterisation(model: DictConfig) -> str:
 
 
 def policy_class(model: DictConfig) -> Any:
-    """The class of a model's policy."""
-    return _class_of(target(model.policy, "model.policy"))
+    """The class of a model's policy.
+
+    Raises:
+        ConfigError: ``model.policy._target_`` names no policy.
+    """
+    found = _class_of(target(model.policy, "model.policy"))
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise ConfigError(f"model.policy._target_ is {model.policy._target_}, which makes no policy: see conf/model")
+    return found
 
 
 def _class_of(function: Callable[..., Any]) -> Any:
@@ -69,7 +77,7 @@ def _has_gradient(reward: DictConfig, part: str, domain: str) -> bool:
 def _differentiable_rewards(domain: str) -> Iterator[str]:
     for path in sorted((CONF / "reward").glob("*.yaml")):
         reward = OmegaConf.load(path)
-        assert isinstance(reward, DictConfig)
+        assert isinstance(reward, DictConfig)  # the suite's own files
         with suppress(ConfigError):  # one that does not exist on this domain, or lacks a package here
             # an old name of another reward has no parts in its own file
             if "parts" in reward and all(_has_gradient(reward, part, domain) for part in reward.parts):

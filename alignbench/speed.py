@@ -20,6 +20,7 @@ from alignbench.methods.diffusion_nft import DiffusionNFT
 from alignbench.methods.method import Clock, Experience, Update
 from alignbench.prompts.sets import draw
 from alignbench.sampling.rollout import Sampler
+from alignbench.terminal import lasting
 from alignbench.training import optimizer_step
 
 STEPS = 10
@@ -174,6 +175,7 @@ def show(name: str, values: Sequence[float]) -> None:
     print(f"  {name:<58} {middle:6.3f}  [{low:.3f}, {high:.3f}]  n = {len(values)}", flush=True)
 
 
+@lasting()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.speed", description=__doc__)

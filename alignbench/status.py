@@ -22,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from alignbench.errors import RecordError
-from alignbench.records import ROW_FILES, Run, find_runs, read_run, writer
+from alignbench.records import ROW_FILES, Run, find_runs, read_regular, read_run, writer
+from alignbench.terminal import lasting, printable, unwritten
 
+MOST = 1e12  # of a share of the budget or of seconds: beyond, a file is damaged
 Place = tuple[str, str, str, str, int]  # experiment, model, reward, method, seed
 State = Literal["done", "running", "failed", "stopped", "missing"]
 COLOURS: dict[State, str] = {
@@ -87,12 +89,12 @@ def asked(root: Path) -> Iterator[Place]:
     for sweeps in (*root.rglob(".sweep"), *(above / ".sweep" for above in root.parents)):
         for note in sweeps.glob("*/*.json"):
             try:
-                told = json.loads(note.read_bytes())
+                told = json.loads(read_regular(note))
                 folder = (note.parent / told["folder"]).resolve()
                 wanted = told["outcome"] != "planned" and folder.is_relative_to(root)
-            except (OSError, ValueError, LookupError, TypeError):
+                place = place_of(folder)
+            except (OSError, ValueError, LookupError, TypeError, RuntimeError):  # the last: links or lists without end
                 continue
-            place = place_of(folder)
             if wanted and place is not None:
                 yield place
 
@@ -111,12 +113,15 @@ def read_cell(folder: Path) -> Cell | None:
         return None
     state, message = state_of(run)
     fraction = run.metrics[-1].get("fraction") if run.metrics else None
+    measured = isinstance(fraction, int | float) and 0 <= fraction <= MOST
+    if fraction is not None and not measured:
+        message = "; ".join(filter(None, (message, "the last row of metrics.jsonl is damaged (fraction is no share)")))
     return Cell(
         *place,
         state=state,
-        fraction=fraction if isinstance(fraction, int | float) else None,
+        fraction=fraction if measured else None,
         seconds_left=seconds_left(run) if state == "running" else None,
-        message=message,
+        message=printable(message),
     )
 
 
@@ -124,11 +129,11 @@ def state_of(run: Run) -> tuple[State, str]:
     """How a run stands, and why. A run that says "running" without a process that writes it was killed: stopped."""
     status = run.status.get("status")
     if status == "done":
-        return "done", ""
+        return "done", "; ".join(run.problems)
     if writer(run.folder) is not None:
         return "running", ""
     if status in ("failed", "out_of_memory"):
-        return "failed", str(run.status.get("message", ""))
+        return "failed", "; ".join([str(run.status.get("message", "")), *run.problems])
     return "stopped", "; ".join(run.problems)
 
 
@@ -149,7 +154,8 @@ def seconds_left(run: Run) -> float | None:
         due += [*final, curve][ended:]
         left = float(training + pace * sum(row["cost"]["nfe"] for row in due))
         changed = max((run.folder / name).stat().st_mtime for name in ("status.json", *ROW_FILES))
-        return round(max(0.0, left - (time.time() - changed)), 1)
+        remaining = max(0.0, left - (time.time() - changed))
+        return round(remaining, 1) if remaining <= MOST else None
     except (LookupError, TypeError, ValueError, ArithmeticError, OSError):  # nothing measured yet, or damaged rows
         return None
 
@@ -179,7 +185,9 @@ def tables(cells: Sequence[Cell]) -> Iterable[Table | Text]:
         members = list(group)
         models = {cell.model for cell in members}
         seeds = sorted({cell.seed for cell in members})
-        table = Table(title=experiment, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=printable(experiment), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+        )
         for name in [*(["model"] if len(models) > 1 else []), "reward", "method"]:
             table.add_column(name, overflow="fold")
         for seed in seeds:
@@ -187,11 +195,12 @@ def tables(cells: Sequence[Cell]) -> Iterable[Table | Text]:
         for (model, reward, method), row in itertools.groupby(members, key=lambda c: (c.model, c.reward, c.method)):
             states = {cell.seed: shown(cell) for cell in row}
             seen = [states.get(seed, "") for seed in seeds]
-            table.add_row(*([model] if len(models) > 1 else []), reward, method, *seen)
+            names = [*([model] if len(models) > 1 else []), reward, method]
+            table.add_row(*(Text(printable(name)) for name in names), *seen)
         yield table
         for cell in members:
             if cell.message:
-                where = f"{cell.model}/{cell.reward}/{cell.method}/seed{cell.seed}"
+                where = printable(f"{cell.model}/{cell.reward}/{cell.method}/seed{cell.seed}")
                 yield Text(f"{where}: {cell.message}", COLOURS[cell.state])
         yield Text()
     yield Text(summary(cells))
@@ -218,8 +227,9 @@ def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
     return {"cells": [vars(cell) for cell in cells], "totals": totals(cells)}
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 if there is no such folder."""
+    """Exit status 0, or 1 if there is no such folder or nowhere to write."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.status", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -231,10 +241,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.json:
         print(json.dumps(as_json(cells), indent=1))
-        return 0
-    console = Console(highlight=False)
-    for part in tables(cells):
-        console.print(part)
+    else:
+        console = Console(highlight=False)
+        for part in tables(cells):
+            console.print(part)
+    if (reason := unwritten()) is not None:
+        print(f"error: the output cannot be written: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 

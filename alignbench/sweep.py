@@ -18,12 +18,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from alignbench.configuration import run_folder
+from alignbench.configuration import CONF, explain, run_folder
 from alignbench.errors import AlignbenchError, LockedError, RecordError
 from alignbench.records import atomic_write, read_run, writer, writing
+from alignbench.terminal import lasting, printable
 
 COLOURS = {  # by outcome
     "planned": "bright_black",
@@ -42,15 +44,18 @@ class Begin(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A sweep begins. Its folder is made here, for what Hydra says where that fails is a traceback."""
-        folder = Path(config.hydra.sweep.dir)
         try:
+            folder = Path(config.hydra.sweep.dir)
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-        except RecordError as error:
-            sys.exit(f"alignbench: {error}")  # another exception in a callback is a warning to Hydra
+        except (RecordError, OmegaConfBaseException) as error:
+            told = error if isinstance(error, RecordError) else explain(error, CONF)
+            print(f"alignbench: {told}", file=sys.stderr)
+            sys.exit(1)  # another exception in a callback is a warning to Hydra
         _begun.append(folder)
 
 
+@lasting()  # a launcher's process begins here
 def cell(config: DictConfig) -> None:
     """Run one cell and note how it ended. An error is told, and the sweep goes on; Ctrl-C goes through."""
     from alignbench import schema
@@ -78,7 +83,7 @@ def cell(config: DictConfig) -> None:
         if not several:
             _tell(cause)
     finally:
-        if os.environ.get("RANK", "0") == "0":  # the process that writes records
+        if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":  # else the first one notes it
             note = {"overrides": overrides, "folder": folder, "outcome": outcome, "message": message}
             _write(Path(job.sweep.dir) / f"{job.job.num}.json", note)
 
@@ -153,4 +158,4 @@ def _print(cells: Sequence[dict[str, Any]]) -> None:
     for each in cells:
         chosen = " ".join(override for override in each["overrides"] if override not in same)
         told = f"{chosen}: {each['message']}" if each["message"] else chosen
-        console.print(Text.assemble("  ", (f"{each['outcome']:<8} ", COLOURS[each["outcome"]]), told))
+        console.print(Text.assemble("  ", (f"{each['outcome']:<8} ", COLOURS[each["outcome"]]), printable(told)))

@@ -26,6 +26,7 @@ from alignbench.records import atomic_write, find_runs
 from alignbench.report import curves, data, tuning
 from alignbench.report.data import Records
 from alignbench.report.tuning import Trial
+from alignbench.terminal import lasting
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Space:
             ConfigError: unreadable, or a key is missing, unknown, or of another shape.
         """
         try:
-            space = cls(**yaml.safe_load(path.read_text()))
+            space = cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
             sizes = [len(levels) for method in space.methods.values() for levels in method["knobs"].values()]
-            assert all(isinstance(method["reward"], str) for method in space.methods.values())
-            assert space.second is None or set(space.second) == {"experiment", "best"}
-        except (OSError, yaml.YAMLError, TypeError, AttributeError, KeyError, AssertionError) as error:
+            if not all(isinstance(method["reward"], str) for method in space.methods.values()):
+                raise TypeError("the reward of a method is the name of a configuration")
+            if space.second is not None and set(space.second) != {"experiment", "best"}:
+                raise KeyError("experiment, best")
+        except (OSError, UnicodeError, yaml.YAMLError, TypeError, AttributeError, KeyError) as error:
             raise ConfigError(
                 f"{path}: expected the keys experiment, trials, seed and methods, each method with a reward and knobs "
                 f"(configuration key: list of levels), and perhaps second (experiment, best); "
@@ -156,6 +159,7 @@ def carry_out(
             raise
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 if every trial finished, 1 if some failed (the others still run)."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.tune", description=__doc__)

@@ -230,3 +230,20 @@ def test_a_run_is_running_while_it_runs(tiny_run: Compose, monkeypatch: pytest.M
 )
 def test_durations(seconds: float, text: str) -> None:
     assert status.duration(seconds) == text
+
+
+def test_damage_of_a_finished_run_is_told_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Infinities are no shares of a budget; a name of rich's markup and a message that clears the screen are text."""
+    done = write_run(tmp_path, "awm", grids=False, experiment="[/b]")
+    with (done / "metrics.jsonl").open("a") as rows:
+        rows.write('{"fraction": 1e999}\n{"fraction": \n')
+    write_run(tmp_path, "dpo", status="failed", message="a\x1b[2Jb\x07c", until=0.0, grids=False, experiment="[/b]")
+    assert main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    assert "shapes/geneval/dpo/seed0: abc" in told
+    assert "metrics.jsonl, line 16 is damaged" in told
+    assert main([str(tmp_path), "--json"]) == 0
+    assert "Infinity" not in capsys.readouterr().out

@@ -107,9 +107,11 @@ def test_results_that_cannot_be_written_are_told_before_the_first_cell(
 ) -> None:
     (tmp_path / "results").write_text("a file")
     told = swept(monkeypatch, *tiny, "seed=0,1")
-    assert str(told).startswith(f"alignbench: cannot write {tmp_path / 'results' / '.sweep'}")
-    assert "choose a results folder that this user can write to" in str(told)
-    assert "seed 0" not in capsys.readouterr().out
+    assert told == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"alignbench: cannot write {tmp_path / 'results' / '.sweep'}")
+    assert "choose a results folder that this user can write to" in shown.err
+    assert "seed 0" not in shown.out
 
 
 def test_a_failed_cell_does_not_stop_the_others_and_finished_ones_are_skipped(
@@ -268,3 +270,13 @@ def test_launchers(tiny: list[str], tmp_path: Path, launcher: list[str], methods
     assert finished.returncode == int("failed" in ended), finished.stderr
     assert f"sweep: {ended}\n" in finished.stdout
     assert [row["iteration"] for row in rows(cell_of(tmp_path / "results", "flow_grpo", 0))] == [1, 2]
+
+
+def test_a_stray_rank_hides_no_failure(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a batch system leaves it in the environment, without processes that belong to it."""
+    monkeypatch.setenv("RANK", "3")
+    assert swept(monkeypatch, *tiny, "seed=0", "micro_batch=0") == 1
+    assert "micro_batch is 0" in capsys.readouterr().out
+    assert [[outcome for outcome, _ in cells] for cells in outcomes(tmp_path / "results")] == [["failed"]]

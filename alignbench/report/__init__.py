@@ -10,6 +10,7 @@ A pure function of the run directories: no model, no network, no clock, so the s
     tables      headline, efficiency, GenEval by tag, cost (-> HTML, CSV, Markdown)
     provenance  runs, protocols, settings, environments, and what differs that should not
     gallery     sample grids, embedded
+    output      the folder that is written: what is the report's own, and what is not
     page        everything together, one self-contained HTML file
 
 The unit of replication is a training run. Prompts, images and tags are measurements inside a run and never widen or

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from alignbench.errors import AlignbenchError
 from alignbench.report.page import build
+from alignbench.terminal import lasting
 
 CLAIMS = Path("experiments/claims")
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 with a page, 1 where there is nothing to show or the output cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.report", description=__doc__)

@@ -18,6 +18,7 @@ from alignbench.records import atomic_write
 from alignbench.report.data import Records, TrainingRun, load, show
 from alignbench.report.statistics import Interval, paired_difference, welch_difference
 from alignbench.report.tables import title_of
+from alignbench.terminal import lasting
 
 
 class BadAblations(AlignbenchError):
@@ -50,7 +51,7 @@ def read(path: Path) -> tuple[str, list[Ablation]]:
         BadAblations: unreadable, or a key is missing or unknown.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return str(content["experiment"]), [Ablation(**entry) for entry in content["ablations"]]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise BadAblations(
@@ -113,6 +114,7 @@ def page(records: Records, experiment: str, ablations: Sequence[Ablation]) -> st
     return "\n".join(lines) + "\n"
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 with a table beside the file, 1 where the file or the records cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.report.ablations", description=__doc__)

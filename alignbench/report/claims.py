@@ -104,7 +104,7 @@ def read(folder: Path) -> list[Claim]:
 
 def _read(path: Path) -> list[Claim]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return [_claim(str(content["paper"]), str(content["source"]), entry) for entry in content["claims"]]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadClaims(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from alignbench import records
 from alignbench.errors import AlignbenchError
 from alignbench.report.statistics import Array
+from alignbench.terminal import printable
 
 BASE, TRAINED = "base", "evaluation"  # the kinds of weights that are compared
 UNTUNED = " (untuned)"  # behind the name of a method that inherits its settings
@@ -45,12 +46,58 @@ COST_KEYS = tuple(axis.key for axis in AXES)
 BUDGET_AXES = {key: key for key in COST_KEYS} | {"gpu_seconds": "seconds", "iterations": "iterations"}
 
 
+LARGEST = 1e100  # of a number: beyond, squares and sums would overflow
+LONGEST = 255  # characters of a name: what file systems take
+DEEPEST = 30  # levels of a record; the suite's own have 6
+
+
+def sound(value: object, where: str, depth: int = 0) -> Any:
+    """A record's value with texts that can be shown and numbers that can be computed with.
+
+    Raises:
+        ValueError: an infinity, a number beyond any measurement, or bottomless nesting; names the key.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"{where.split('.', 1)[0]} is nested more than {DEEPEST} levels deep")
+    if isinstance(value, str):
+        return legible(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= LARGEST:
+        raise ValueError(f"{where} is {str(value)[:20] if isinstance(value, float) else 'an integer'}, out of range")
+    if isinstance(value, Mapping):
+        pairs = ((legible(str(key)), item) for key, item in value.items())
+        return {key: sound(item, f"{where}.{key}" if where else key, depth + 1) for key, item in pairs}
+    if isinstance(value, list):
+        return [sound(item, where, depth + 1) for item in value]
+    return value
+
+
+def legible(text: str) -> str:
+    """A text of the records without control characters, and without what no encoding can write."""
+    return printable(text).encode(errors="replace").decode()
+
+
 def _numbers(value: object) -> dict[str, float]:
-    """The finite numbers of a mapping (JSON has no NaN, but files can be damaged)."""
+    """The numbers of a mapping."""
     if not isinstance(value, Mapping):
         return {}
-    pairs = ((str(k), float(v)) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool))
-    return {key: number for key, number in pairs if math.isfinite(number)}
+    return {str(k): float(v) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _number(row: Mapping[str, Any], key: str, low: float = -LARGEST) -> float:
+    value = row[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < low:
+        raise ValueError(
+            f"{key} is {show(value)[:40]}: it must be a number{f' of {low:g} or more' if low == 0 else ''}"
+        )
+    return float(value)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= LONGEST:
+        told = f"{show(value)[:40]}..." if isinstance(value, str) else show(value)[:40]
+        raise ValueError(f"{key} is {told}: it must be a name of 1 to {LONGEST} bytes")
+    return value
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -94,23 +141,43 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
-def _evaluation(row: Mapping[str, Any], folder: Path) -> Evaluation:
-    """Raises KeyError, TypeError or ValueError where the row lacks what a comparison needs."""
+def confined(folder: Path, row: Mapping[str, Any], key: str) -> Path | None:
+    """A file of the run that a row names; None if it names none. ValueError if the file lies outside the run."""
+    name = row.get(key)
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"{key} is {show(name)[:40]}: it must be the name of a file of the run")
+    try:
+        path = (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links without end, a name that none can be
+        raise ValueError(f"{key} is {name[:40]!r}, which names no file ({error})") from error
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{key} is {name[:LONGEST]!r}, which lies outside the run's folder")
+    return path
+
+
+def _evaluation(row: Mapping[str, Any], grid: Path | None, scores: Path | None) -> Evaluation:
+    """Raises KeyError or ValueError where the row lacks what a comparison needs."""
+    if not isinstance(row["metrics"], Mapping):
+        raise ValueError("metrics is no mapping")
+    for name in row["metrics"]:
+        _number(row["metrics"], name)
     ledger, seconds = _numbers(row.get("ledger")), _seconds(row)
     costs = {axis.key: ledger[axis.key] for axis in AXES if axis.key in ledger}
     if "total" in seconds:
         costs["seconds"] = seconds["total"]
     return Evaluation(
-        fraction=float(row["fraction"]),
-        iteration=int(row["iteration"]),
-        protocol_hash=str(row["protocol_hash"]),
-        weights=str(row["weights"]),
-        guidance=float(row["guidance"]),
+        fraction=_number(row, "fraction", low=0),
+        iteration=int(_number(row, "iteration", low=0)),
+        protocol_hash=_text(row, "protocol_hash"),
+        weights=_text(row, "weights"),
+        guidance=_number(row, "guidance"),
         metrics=_numbers(row["metrics"]),
         standard_errors=_numbers(row.get("standard_errors")),
         costs=costs,
-        grid=folder / str(row["grid"]) if row.get("grid") else None,
-        scores=folder / str(row["scores"]) if row.get("scores") else None,
+        grid=grid,
+        scores=scores,
     )
 
 
@@ -162,7 +229,7 @@ class TrainingRun:
     seed: int
     run: Mapping[str, Any]  # run.json
     config: Mapping[str, Any]  # config.yaml, flattened
-    status: str
+    status: str  # by status.json; "damaged" where evaluations are lost, so that the last one may not be the final one
     message: str
     fraction: float
     evaluations: tuple[Evaluation, ...]
@@ -213,7 +280,8 @@ class TrainingRun:
     def curve_guidance(self) -> float:
         """The guidance of the curves: the first that the protocol names (the others are scored beside it)."""
         scales = _mapping(self.run.get("protocol")).get("guidance")
-        return float(scales[0]) if isinstance(scales, list) and scales else 1.0
+        first = scales[0] if isinstance(scales, list) and scales else 1.0
+        return float(first) if isinstance(first, int | float) else 1.0
 
     def curve(self, metric: str, axis: str) -> tuple[Array, Array]:
         """(cost, score) of base and trained weights over training, each [evaluations], cost ascending."""
@@ -331,35 +399,99 @@ class Records:
         return found
 
 
+NAMES = ("experiment", "model", "reward", "method")
+MAPPINGS = ("protocol", "final_protocol", "budget", "targets", "normalisation")  # of run.json, where they are there
+
+
+def _described(found: records.Run, problems: list[str]) -> dict[str, Any]:
+    """run.json, without the parts that are not what they must be. ValueError if it does not say which run it is."""
+    missing = [key for key in (*NAMES, "seed") if key not in found.run]
+    if missing:
+        raise ValueError(f"does not give {', '.join(missing)}")
+    run: dict[str, Any] = sound(found.run, "")
+    for key in NAMES:
+        _text(run, key)
+    if run.get("variant"):
+        _text(run, "variant")
+    if not isinstance(run["seed"], int) or isinstance(run["seed"], bool):
+        raise ValueError(f"does not give a whole number as seed, but {show(run['seed'])[:40]}")
+    for key in MAPPINGS:
+        if run.get(key) is not None and not isinstance(run[key], Mapping):
+            problems.append(f"run.json: {key} is {show(run.pop(key))[:40]}: it must be a mapping")
+    return run
+
+
+def _sound_rows(rows: Sequence[Mapping[str, Any]], name: str, problems: list[str]) -> dict[int, dict[str, Any]]:
+    """Rows that can be computed with, by their number; the others are told."""
+    kept = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            kept[number] = sound(row, "")
+        except ValueError as error:
+            problems.append(f"{name}: row {number} is left out ({error})")
+    return kept
+
+
+def _evaluations(folder: Path, rows: Mapping[int, dict[str, Any]], problems: list[str]) -> Iterator[Evaluation]:
+    """Rows that can be compared; the others, and files that are not the run's, are told."""
+    for number, row in rows.items():
+        files: dict[str, Path | None] = {}
+        try:
+            for key in ("grid", "scores"):
+                try:
+                    files[key] = confined(folder, row, key)
+                except ValueError as error:
+                    problems.append(f"evaluations.jsonl: row {number}: {error}")
+            yield _evaluation(row, files.get("grid"), files.get("scores"))
+        except (KeyError, ValueError) as error:
+            told = f"{error} is missing" if isinstance(error, KeyError) else error
+            problems.append(f"evaluations.jsonl: row {number} is left out ({told})")
+
+
+def _sound_or_empty(value: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        return dict(sound(value, ""))
+    except ValueError as error:
+        problems.append(f"{name} is left out ({error})")
+        return {}
+
+
 def _training_run(folder: Path, name: str) -> TrainingRun | Unreadable:
     found = records.read_run(folder)
-    problems = list(found.problems)
-    missing = [key for key in ("experiment", "model", "reward", "method", "seed") if key not in found.run]
-    if missing or not isinstance(found.run["seed"], int):
-        problems.append(f"run.json does not give {', '.join(missing) or 'a whole number as seed'}")
-        return Unreadable(name, tuple(problems))
-    evaluations = []
-    for number, row in enumerate(found.evaluations, start=1):
-        try:
-            evaluations.append(_evaluation(row, folder))
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"evaluations.jsonl: row {number} is left out ({type(error).__name__}: {error})")
-    status = found.status
+    problems = [legible(problem) for problem in found.problems]
+    try:
+        run = _described(found, problems)
+    except ValueError as error:
+        return Unreadable(name, (*problems, f"run.json {error}"))
+    metrics = list(_sound_rows(found.metrics, "metrics.jsonl", problems).values())
+    rows = _sound_rows(found.evaluations, "evaluations.jsonl", problems)
+    evaluations = tuple(_evaluations(folder, rows, problems))
+    lost = len(evaluations) < len(found.evaluations) or any(told.startswith("evaluations.") for told in found.problems)
+    status = _sound_or_empty(found.status, "status.json", problems)
     return TrainingRun(
         name=name,
         folder=folder,
-        **{key: str(found.run.get(key) or "") for key in ("experiment", "model", "reward", "method", "variant")},
-        seed=found.run["seed"],
-        run=found.run,
-        config=flatten(found.config),
-        status=str(status.get("status", "unknown")),
+        **{key: str(run.get(key) or "") for key in (*NAMES, "variant")},
+        seed=run["seed"],
+        run=run,
+        config=flatten(_sound_or_empty(found.config, "config.yaml", problems)),
+        status="damaged" if lost else _status(status, problems),
         message=str(status.get("message") or ""),
         fraction=_numbers(status).get("fraction", 0.0),
-        evaluations=tuple(evaluations),
-        cost=_cost([*found.metrics, *found.evaluations]),
-        late=_late(found.metrics),
+        evaluations=evaluations,
+        cost=_cost([*metrics, *rows.values()]),
+        late=_late(metrics),
         problems=tuple(problems),
     )
+
+
+def _status(status: Mapping[str, Any], problems: list[str]) -> str:
+    """How a run stands, by status.json."""
+    told = status.get("status", "unknown")
+    if not isinstance(told, str):
+        problems.append(f"status.json: status is {show(told)[:40]}: it must be a word")
+        return "unknown"
+    return told
 
 
 def load(paths: Sequence[Path]) -> Records:
@@ -381,7 +513,7 @@ def load(paths: Sequence[Path]) -> Records:
         for folder in records.find_runs(path):
             below = folder.relative_to(path).as_posix()
             name = folder.as_posix() if len(paths) > 1 or below == "." else below
-            folders.setdefault(folder.resolve(), name)
+            folders.setdefault(folder.resolve(), legible(name))
     if not folders:
         where = ", ".join(str(path) for path in paths)
         raise NothingToReport(

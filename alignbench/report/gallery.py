@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from alignbench.report.data import BASE, TRAINED, Comparison, Evaluation, TrainingRun
+from alignbench.records import read_regular
+from alignbench.report.data import BASE, TRAINED, Comparison, Evaluation, TrainingRun, legible
 
 DURING = 4  # grids between base and final
 PIXEL_ART = 512  # grids up to this width are drawn with hard pixels
@@ -46,8 +47,11 @@ class Strip:
 
 
 def embed(content: bytes) -> tuple[str, int, int]:
-    """(data URI, width, height) of an image file, compressed so that the page stays portable; OSError if damaged."""
-    with Image.open(io.BytesIO(content)) as image:
+    """(data URI, width, height) of a PNG, compressed so that the page stays portable.
+
+    Raises OSError, ValueError, SyntaxError or DecompressionBombError if it is none, is damaged, or is absurdly large.
+    """
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         shown = image.convert("RGB")
     shown.thumbnail((LARGEST_WIDTH, LARGEST_WIDTH * 4))
     buffer = io.BytesIO()
@@ -81,9 +85,9 @@ def _caption(row: Evaluation) -> str:
 def prompts(row: Evaluation) -> tuple[str, ...]:
     """Prompts of the grid's rows, from the top; none where the scores file does not name them or cannot be read."""
     try:
-        recorded = json.loads(row.scores.read_text()) if row.scores else {}
-        return tuple(str(each["prompt"]) for each in recorded.get("grid", ()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        recorded = json.loads(read_regular(row.scores)) if row.scores else {}
+        return tuple(legible(str(each["prompt"])) for each in recorded.get("grid", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ()
 
 
@@ -93,8 +97,8 @@ def strip(run: TrainingRun) -> Strip:
     for row in chosen(run):
         assert row.grid is not None
         try:
-            source, width, height = embed(row.grid.read_bytes())
-        except (OSError, ValueError) as error:
+            source, width, height = embed(read_regular(row.grid))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             missing.append(f"{row.grid.name} cannot be read ({error})")
             continue
         caption = _caption(row)

@@ -5,7 +5,6 @@ ratios, distance to the policy that sampled, errors of winners and losers), agai
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from alignbench.errors import AlignbenchError
 from alignbench.records import atomic_write, read_run
 from alignbench.report import curves, data
 from alignbench.report.curves import MUTED, STYLE, styles
-from alignbench.report.data import TrainingRun
+from alignbench.report.data import LARGEST, TrainingRun
+from alignbench.terminal import lasting
 
 Array = NDArray[np.float64]
 METRICS: Mapping[str, str] = {
@@ -57,13 +57,13 @@ def series(run: TrainingRun, metric: str) -> tuple[Array, Array]:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _spent(row: Mapping[str, object]) -> float | None:
     ledger = row.get("ledger")
     flops = ledger.get("flops") if isinstance(ledger, Mapping) else None
-    return float(flops) if isinstance(flops, int | float) else None
+    return float(flops) if isinstance(flops, int | float) and _finite(flops) else None
 
 
 def draw(runs: Sequence[TrainingRun], metrics: Sequence[str]) -> Figure:
@@ -98,6 +98,7 @@ def draw(runs: Sequence[TrainingRun], metrics: Sequence[str]) -> Figure:
     return figure
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 where there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.report.internals", description=__doc__)

@@ -3,13 +3,13 @@
 index.html      everything, without any external resource
 figures/        every figure as SVG and PNG
 tables/         every table as CSV, Markdown and LaTeX, every evaluation and every plotted number as CSV
-files.txt       what this report wrote, so that the next one removes what it no longer writes
+files.txt       what this report wrote, so that the next one removes what it no longer writes (`output`)
 """
 
 import base64
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
-from alignbench.errors import AlignbenchError
 from alignbench.report import (
     across,
     claims,
@@ -35,48 +34,9 @@ from alignbench.report import (
 from alignbench.report.answer import Answer, answer
 from alignbench.report.claims import read
 from alignbench.report.data import Axis, Comparison, Records, Study, load
+from alignbench.report.output import Output
 
 PNG_DPI = 160
-
-
-class ReportNotWritten(AlignbenchError):
-    """The report's folder cannot be written."""
-
-
-@dataclass
-class Output:
-    """Files of the report, gathered before any is written."""
-
-    folder: Path
-    files: dict[str, bytes] = field(default_factory=dict)
-
-    def add(self, name: str, content: str | bytes) -> None:
-        self.files[name] = content.encode() if isinstance(content, str) else content
-
-    def write(self) -> None:
-        """Write every file, the page last, and remove files of an earlier report that are no longer written.
-
-        Raises:
-            ReportNotWritten: the folder or a file in it cannot be written.
-        """
-        listing = self.folder / "files.txt"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            earlier = listing.read_text().splitlines() if listing.exists() else []
-            for name in set(earlier) - set(self.files):
-                path = (self.folder / name).resolve()
-                if path.is_relative_to(self.folder.resolve()):
-                    path.unlink(missing_ok=True)
-            listing.write_text("".join(f"{name}\n" for name in sorted(self.files)))
-            for name, content in sorted(self.files.items(), key=lambda item: item[0] == "index.html"):
-                path = self.folder / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(content)
-        except OSError as error:
-            raise ReportNotWritten(
-                f"cannot write the report to {self.folder} ({error.strerror}: {error.filename}); "
-                f"give a folder with free space that this user can write to: --output DIR"
-            ) from error
 
 
 @dataclass(frozen=True)

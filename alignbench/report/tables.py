@@ -5,6 +5,8 @@ both. Scores are means over finished training runs with 95% Student-t limits; di
 run, under the same protocol and guidance, before they are averaged.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +57,7 @@ TITLES = {
     "diversity": "Diversity",
     "drift": "Drift",
 }
+LONGEST_SLUG = 200  # bytes; file systems take 255, and an ending follows
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -213,8 +216,23 @@ def latex(table: Table) -> str:
 
 
 def csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Tidy numbers as CSV at full precision; empty where there is no value."""
-    return pd.DataFrame(list(records)).to_csv(index=False, lineterminator="\n")
+    """Tidy numbers as CSV at full precision; empty where there is no value.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    told = [{harmless(key): harmless(value) for key, value in record.items()} for record in records]
+    return pd.DataFrame(told).to_csv(index=False, lineterminator="\n")
+
+
+def harmless(value: Any) -> Any:
+    """A value of a CSV cell that no spreadsheet computes: ``=1+1`` becomes ``'=1+1``, numbers stay."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def number(value: float, signed: bool = False) -> str:
@@ -281,8 +299,14 @@ def protocol_title(protocols: Mapping[str, Mapping[str, Any]], key: str) -> str:
 
 
 def slug(*parts: str) -> str:
-    """A file name of several parts; what a file system or an address would stumble over becomes a hyphen."""
-    return "_".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in parts if part)
+    """A file name of several parts; what a file system or an address would stumble over becomes a hyphen.
+
+    A name that file systems would not take ends in a hash of its parts.
+    """
+    name = "_".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in parts if part)
+    if len(name.encode()) <= LONGEST_SLUG:
+        return name
+    return f"{name[:40]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
 def mixed_note(protocols: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:

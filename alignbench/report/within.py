@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignbench.report.data import Evaluation, Records, TrainingRun
+from alignbench.records import read_regular
+from alignbench.report.data import Evaluation, Records, TrainingRun, sound
 from alignbench.report.statistics import Interval, PromptBootstrap
 from alignbench.report.tables import Cell, Column, Group, Row, Table, number
 
@@ -28,14 +29,14 @@ def scores(row: Evaluation | None) -> Scores | None:
     if row is None or row.scores is None:
         return None
     try:
-        recorded = json.loads(row.scores.read_text())
+        recorded = sound(json.loads(read_regular(row.scores)), "")
         found = Scores(
             tuple(map(str, recorded["prompt_ids"])),
             tuple(map(str, recorded["tags"])),
             tuple(int(count) for count in recorded["images"]),
             tuple(float(value) for value in recorded["metrics"]["reward"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     complete = len(found.tags) == len(found.images) == len(found.prompts) and sum(found.images) == len(found.rewards)
     return found if complete and min(found.images, default=0) > 0 else None

@@ -24,6 +24,7 @@ from alignbench.rewards.geneval.rules import Box, Detection, strict
 from alignbench.shapes.captions import TAGS, records
 from alignbench.shapes.render import coverage, half_width, render
 from alignbench.shapes.scenes import BACKGROUND, COLOURS, PALETTE, SHAPES, SIZE, Scene, random_scene, sample_scene
+from alignbench.terminal import lasting
 
 ACCEPTANCE = 0.70  # intersection over union with the best shape
 OPACITY = 0.45  # share of the palette colour's distance from the background from which a pixel belongs to a blob
@@ -379,6 +380,7 @@ def measure(count: int, seed: int = 0) -> list[dict[str, float | str]]:
     return rows
 
 
+@lasting()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy and speed of the shapes detector on rendered scenes.")
     parser.add_argument("--scenes", type=int, default=3000, help="rendered scenes a row, prompted and random each")

@@ -15,6 +15,7 @@ from alignbench.prompts.prompt import Prompt
 from alignbench.shapes.captions import split
 from alignbench.shapes.render import render
 from alignbench.shapes.scenes import sample_scene
+from alignbench.terminal import lasting
 
 
 def write_images(folder: Path, prompts: Sequence[Prompt], per_prompt: int, seed: int) -> None:
@@ -38,6 +39,7 @@ def write_images(folder: Path, prompts: Sequence[Prompt], per_prompt: int, seed:
     (folder / "images.jsonl").write_text("".join(lines))
 
 
+@lasting()
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.shapes.images", description=__doc__)

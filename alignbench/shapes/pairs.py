@@ -22,6 +22,7 @@ from alignbench.shapes.captions import near_miss, split
 from alignbench.shapes.degrade import DEGRADATIONS, degrade
 from alignbench.shapes.render import render
 from alignbench.shapes.scenes import sample_scene
+from alignbench.terminal import lasting
 
 KINDS = ("near_miss", "degraded", "tie")
 
@@ -91,6 +92,7 @@ def write_pairs(folder: Path, columns: Mapping[str, NDArray[Any]]) -> None:
     Dataset.from_dict(plain).to_parquet(folder / "train.parquet")
 
 
+@lasting()
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.shapes.pairs", description="Write rendered pairs.")

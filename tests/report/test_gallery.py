@@ -9,7 +9,8 @@ from PIL import Image
 
 from alignbench.report import gallery
 from alignbench.report.data import TrainingRun, load
-from alignbench.report.page import Output, render
+from alignbench.report.output import Output
+from alignbench.report.page import render
 from tests.report.synthetic import write_run
 
 

@@ -62,7 +62,7 @@ def test_every_figure_and_table_is_a_file(report: Path) -> None:
     assert {"environment", "evaluations", "curves", "hacking", "verdict", "pairs", "matched", "within"} <= tables
     kinds = {kind: {path.stem for path in (report / "tables").glob(f"*.{kind}")} for kind in ("csv", "md", "tex")}
     assert kinds["md"] == kinds["tex"] == kinds["csv"] - {"evaluations", "curves", "hacking"}
-    assert sorted((report / "files.txt").read_text().split()) == sorted(
+    assert sorted(line.split("  ")[1] for line in (report / "files.txt").read_text().splitlines()[1:]) == sorted(
         path.relative_to(report).as_posix() for path in report.rglob("*") if path.is_file() and path.name != "files.txt"
     )
 
@@ -310,4 +310,4 @@ def test_importing_the_report_imports_no_torch_and_only_records_of_the_package()
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "hydra"} & set(modules)
     own = {name for name in modules if name.startswith("alignbench.") and not name.startswith("alignbench.report")}
-    assert own == {"alignbench.errors", "alignbench.records"}
+    assert own == {"alignbench.errors", "alignbench.records", "alignbench.terminal"}

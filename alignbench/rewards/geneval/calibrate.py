@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from alignbench.errors import AlignbenchError, DataError
 from alignbench.rewards.geneval.rules import Row, read_rows, summarise
+from alignbench.terminal import lasting
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def table(calibration: Calibration) -> str:
     return "\n".join(lines)
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints how far two scorers agree, by tag."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.rewards.geneval.calibrate", description=main.__doc__)

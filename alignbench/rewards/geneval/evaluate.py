@@ -20,6 +20,7 @@ from alignbench.prompts.prompt import Prompt
 from alignbench.rewards.geneval.photo import CLIP, CLIP_WEIGHTS, DETECTOR, PhotoJudge, photo_record
 from alignbench.rewards.geneval.rules import Row, Summary, make_row, official, summarise, write_rows
 from alignbench.rewards.geneval.suite import PromptImages, read_images
+from alignbench.terminal import lasting
 
 
 def evaluate(folder: Path, judge: PhotoJudge) -> Iterator[Row]:
@@ -58,6 +59,7 @@ def describe(summary: Summary, name: str) -> str:
     return "\n".join(lines)
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Scores a folder of images and writes one line per image."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.rewards.geneval.evaluate", description=main.__doc__)

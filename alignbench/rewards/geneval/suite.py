@@ -25,6 +25,7 @@ from alignbench.outside import read_json, read_json_lines
 from alignbench.prompts.record import RELATIONS, read
 from alignbench.prompts.sampled import RECORD, numbered, samples
 from alignbench.rewards.geneval.rules import Record
+from alignbench.terminal import lasting
 
 METADATA_FILE = "evaluation_metadata.jsonl"
 PROMPTS_FILE = "generation_prompts.txt"
@@ -236,6 +237,7 @@ def read_images(folder: Path) -> list[PromptImages]:
 # ------------------------------------------------------------------------------------------------ command
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the prompt files of a seed."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.rewards.geneval.suite", description=main.__doc__)

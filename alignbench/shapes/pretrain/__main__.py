@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from alignbench.errors import AlignbenchError
+from alignbench.terminal import lasting
 
 COMMANDS = {
     "vae": ("alignbench.shapes.pretrain.vae", "the autoencoder of the generator"),
@@ -17,6 +18,7 @@ COMMANDS = {
 """Module of each command; the module's ``main(command, arguments)`` runs it."""
 
 
+@lasting()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hands the arguments after the command to the command's module."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.shapes.pretrain", description=__doc__, add_help=False)
