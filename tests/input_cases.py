@@ -1,15 +1,21 @@
-"""Small inputs that users have: prompt files, GenEval records and images, each written below a folder.
+"""Small inputs that users have: prompt files, GenEval records, images, LoRA files, each written below a folder.
 
 ``ALIGNBENCH_CASES=FOLDER`` makes the tests read such a folder instead.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 
 SQUARE: dict[str, Any] = {"class": "square", "count": 1}
 RECORD: dict[str, Any] = {"tag": "single_object", "prompt": "a photo of a square", "include": [SQUARE]}
@@ -83,3 +89,55 @@ def _write_images(folder: Path) -> None:
         image.save(folder / name / file, **options)
         index = json.dumps({"prompt": RECORD["prompt"], "image": file})
         (folder / name / "images.jsonl").write_text(f"{index}\n")
+
+
+LORA_LAYERS = [f"transformer_blocks.{block}.attn.to_{kind}" for block in range(4) for kind in "qkv"]
+LORA_CONFIG: dict[str, Any] = {
+    "r": 4, "lora_alpha": 16, "target_modules": ["attn.to_q", "attn.to_k", "attn.to_v"], "use_rslora": False,
+    "use_dora": False, "alpha_pattern": {}, "rank_pattern": {},
+}  # fmt: skip
+LORA_CHANGES: dict[str, dict[str, Any]] = {
+    "pipeline_metadata": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "alpha_text": {"lora_alpha": "abc"},
+    "alpha_null": {"lora_alpha": None},
+    "rank_zero": {"r": 0},
+    "pattern_text": {"rank_pattern": "x"},
+    "pattern_endless": {"alpha_pattern": {"(a+)+$": 8}},
+}
+
+
+def lora_tensors() -> dict[str, Tensor]:
+    """One LoRA of the embedded generator, rank 4, without prefix or scale."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (4, 128), "B": (128, 4)}
+    return {
+        f"{layer}.lora_{matrix}.weight": torch.randn(shapes[matrix], generator=generator) * 0.15
+        for layer in LORA_LAYERS
+        for matrix in "AB"
+    }
+
+
+def write_loras(folder: Path) -> None:
+    """Write it as its many writers do."""
+
+    def save(name: str, rename: Callable[[str], str], config: Any = None, file: str = DIFFUSERS_LORA) -> None:
+        (folder / name).mkdir(parents=True)
+        header = {"format": "pt"} | ({} if config is None else {"lora_adapter_metadata": json.dumps(config)})
+        save_file({rename(key): tensor for key, tensor in lora_tensors().items()}, folder / name / file, header)
+
+    def prefixed(prefix: str) -> Callable[[str], str]:
+        return lambda key: prefix + key
+
+    for name, changes in LORA_CHANGES.items():
+        config = {f"transformer.{key}": value for key, value in (LORA_CONFIG | changes).items()}
+        save(name, prefixed("transformer."), config)
+    save("adapter_metadata", prefixed(""), LORA_CONFIG)
+    save("diffusion_model_prefix", prefixed("diffusion_model."))
+    save("module_prefix", prefixed("transformer.module."))
+    save("peft_prefix", prefixed("base_model.model."))
+    save("default_0", lambda key: "transformer." + key.replace(".weight", ".default_0.weight"))
+    save("checkpoint-100/lora", prefixed("base_model.model."), file="adapter_model.safetensors")
+    settings = {"peft_type": "LORA", **LORA_CONFIG}
+    (folder / "checkpoint-100" / "lora" / "adapter_config.json").write_text(json.dumps(settings))
