@@ -155,7 +155,7 @@ def read_regular(path: Path) -> bytes:
     """The content of a file. Raises OSError for one that may never end: a pipe or a device."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
         return file.read()
 
 

@@ -23,7 +23,9 @@ PLAINLY = {
     "\N{HORIZONTAL ELLIPSIS}": ".",
 }  # fmt: skip
 COLOUR = r"\x1b\[[0-9;]*m"
-CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 NOT_OURS = re.compile(rf"({COLOUR}|\r)|{CONTROL.pattern}")  # the group stays: what rich and tqdm write
 
 
