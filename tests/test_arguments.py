@@ -175,11 +175,11 @@ def test_a_quoted_path_of_a_run_folder_in_a_sweep_and_with_a_percent_sign(tmp_pa
         (None, "where._target_ is missing: it must be the full name of a class"),
         (5, "where._target_ is 5: it must be the full name of a class"),
         (["a"], r"where._target_ is \['a'\]: it must be the full name of a class"),
-        ("", "where._target_ is , which cannot be imported"),
-        ("..", r"where._target_ is \.\., which cannot be imported"),
-        ("a b", "where._target_ is a b, which cannot be imported: No module named 'a b'"),
-        ("os", "where._target_ is os, which is a module: it must name a class"),
-        ("os.sep", "where._target_ is os.sep, which is a str: it must name a class"),
+        ("", "where._target_ is '', which cannot be imported"),
+        ("..", r"where._target_ is '\.\.', which cannot be imported"),
+        ("a b", "where._target_ is 'a b', which cannot be imported: No module named 'a b'"),
+        ("os", "where._target_ is 'os', a module: it must be the name of a class"),
+        ("os.sep", "where._target_ is 'os.sep', a str: it must be the name of a class"),
     ],
 )
 def test_targets_that_are_no_names(name: object, message: str) -> None:
@@ -191,7 +191,7 @@ def test_a_setting_of_another_choice_is_not_its_own_correction() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Exception, match="pickscore") as refused:
         compose("config", ["reward.parts.pickscore.weight=1"])
     told = explain(refused.value, CONF)
-    assert told.startswith("'reward.parts.pickscore.weight' is a setting of another choice than these.")
+    assert told.startswith("'reward.parts.pickscore.weight' is no setting of what was chosen, but of reward=pickscore")
 
 
 TEXTS = ["${a}", "${a.b}", "${", "${oc.env:HOME}", "${b}", "???", "&a", "*a", "!!python/name:os", "a: b", "- a", "%"]

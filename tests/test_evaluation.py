@@ -212,7 +212,8 @@ def test_an_evaluation_that_is_not_repeated_costs_the_same(tiny_run: Compose) ->
     before = first.ledger.row()["phases"]["evaluation"]
     first.evaluator(first.final, view="reference", guidance=3.0)
     after = first.ledger.row()["phases"]["evaluation"]
-    second.evaluator.repeat(second.final, guidance=3.0, cost={name: after[name] - before[name] for name in after})
+    cost = {name: after[name] - before[name] for name in after}
+    second.evaluator.repeat(second.evaluator.samples(second.final), guidance=3.0, cost=cost)
     assert second.ledger.row() == first.ledger.row()
     for parts in (first, second):
         parts.evaluator(parts.final, view="evaluation", guidance=3.0)

@@ -205,5 +205,6 @@ def test_times_are_one_of_each_part_of_the_grid(tiny_run: Compose, first_step: b
     ],
 )
 def test_values_out_of_range_are_refused(tiny_run: Compose, setting: str, message: str) -> None:
+    algorithm = ["times=2", "first_step=false", setting]
     with pytest.raises(ConfigError, match=message):
-        assembly.assemble(tiny_run(*DOUBLE, "method.algorithm.times=2", f"method.algorithm.{setting}"))
+        assembly.assemble(tiny_run(*DOUBLE, *(f"method.algorithm.{each}" for each in algorithm)))

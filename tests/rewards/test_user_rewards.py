@@ -194,7 +194,7 @@ class Unprintable(Exception):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ZeroDivisionError("division by zero"), r"raised ZeroDivisionError: division by zero \(test_foreign.py, line "),
+        (ZeroDivisionError("division by zero"), r"raised ZeroDivisionError: division by zero \(test_user_rewards.py, line "),
         (KeyError("tag"), "raised KeyError: 'tag'"),
         (ValueError("two\nlines"), "raised ValueError: two lines"),
         (RuntimeError("x" * 9999), "raised RuntimeError: x+[.]{3}"),
@@ -308,7 +308,7 @@ def test_without_gradients_none_is_kept() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("raise", r"raised ZeroDivisionError: division by zero \(test_foreign.py, line \d+\)"),
+        ("raise", r"raised ZeroDivisionError: division by zero \(test_user_rewards.py, line \d+\)"),
         ("exit", "raised SystemExit: 3"),
     ],
 )
