@@ -211,7 +211,8 @@ def test_a_run_that_lost_an_evaluation_has_no_final_score(tmp_path: Path) -> Non
     (folder / "evaluations.jsonl").write_text("\n".join([*lines[:-1], replaced(lines[-1], "guidance", '"3"')]) + "\n")
     (run,) = load([tmp_path]).runs
     assert (run.status, run.finished) == ("damaged", False)
-    assert run.problems == (f"evaluations.jsonl: row {len(lines)} is left out (guidance is 3: it must be a number)",)
+    told = f"evaluations.jsonl: row {len(lines)} is left out (guidance is 3: it must be a number)"
+    assert told in run.problems
 
 
 def test_pictures_and_scores_outside_the_run_are_not_read(tmp_path: Path) -> None:
@@ -234,8 +235,9 @@ def test_pictures_and_scores_outside_the_run_are_not_read(tmp_path: Path) -> Non
     records = load([tmp_path / "results"])
     (run,) = records.runs
     assert [row.grid is None for row in run.evaluations[:4]] == [True, True, True, False]
-    assert len(run.problems) == 6
-    assert run.problems[0] == f"evaluations.jsonl: row 1: grid is {str(picture)!r}, which lies outside the run's folder"
+    outside = [problem for problem in run.problems if "which lies outside the run's folder" in problem]
+    assert len(outside) == 6
+    assert outside[0] == f"evaluations.jsonl: row 1: grid is {str(picture)!r}, which lies outside the run's folder"
     page = build([tmp_path / "results"], tmp_path / "report", lambda _: None).read_text()
     assert gallery.embed(picture.read_bytes())[0] not in page
     assert "my secret" not in page
@@ -329,7 +331,7 @@ CHANGE = st.tuples(
 
 
 @given(st.lists(CHANGE, min_size=8, max_size=8))
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=15)
 def test_any_json_in_the_records(tmp_path_factory: pytest.TempPathFactory, changes: list[Any]) -> None:
     """Eight damaged runs an example."""
     root = tmp_path_factory.mktemp("fuzzed")

@@ -310,4 +310,4 @@ def test_importing_the_report_imports_no_torch_and_only_records_of_the_package()
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "hydra"} & set(modules)
     own = {name for name in modules if name.startswith("alignbench.") and not name.startswith("alignbench.report")}
-    assert own == {"alignbench.errors", "alignbench.records", "alignbench.terminal"}
+    assert own == {f"alignbench.{name}" for name in ("errors", "record_fields", "records", "terminal")}

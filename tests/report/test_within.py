@@ -14,11 +14,12 @@ TAGS = ["a"] * 20 + ["b"] * 20
 def with_scores(folder: Path, shift: float, images: int = 2) -> None:
     """Write per-image scores of the base and of the final weights at guidance 1: final = base + shift."""
     base = np.random.default_rng(0).normal(0.4, 0.2, len(TAGS) * images)
+    (folder / "scores").mkdir(exist_ok=True)
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     for row in rows:
         if row["protocol"] == "final" and row["guidance"] == 1.0 and row["weights"] in ("base", "evaluation"):
             values = base + (shift if row["weights"] == "evaluation" else 0.0)
-            row["scores"] = f"{row['weights']}.json"
+            row["scores"] = f"scores/{row['weights']}.json"
             content = {"prompt_ids": list(range(40)), "tags": TAGS, "images": [images] * 40}
             (folder / row["scores"]).write_text(json.dumps(content | {"metrics": {"reward": list(values)}}))
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +49,7 @@ def test_the_width_is_that_of_a_mean_over_prompts(tmp_path: Path) -> None:
 def test_damaged_scores_are_left_out(tmp_path: Path, content: str) -> None:
     folder = write_run(tmp_path, grids=False)
     with_scores(folder, shift=0.1)
-    (folder / "evaluation.json").write_text(content)
+    (folder / "scores" / "evaluation.json").write_text(content)
     table = within.table(load([tmp_path]))
     assert table.records == ()
     assert table.notes
@@ -57,7 +58,7 @@ def test_damaged_scores_are_left_out(tmp_path: Path, content: str) -> None:
 def test_scores_of_other_prompts_give_no_difference(tmp_path: Path) -> None:
     folder = write_run(tmp_path, grids=False)
     with_scores(folder, shift=0.1)
-    content = json.loads((folder / "base.json").read_text())
-    (folder / "base.json").write_text(json.dumps(content | {"prompt_ids": list(range(1, 41))}))
+    content = json.loads((folder / "scores" / "base.json").read_text())
+    (folder / "scores" / "base.json").write_text(json.dumps(content | {"prompt_ids": list(range(1, 41))}))
     (record,) = within.table(load([tmp_path])).records
     assert "difference" not in record
