@@ -232,7 +232,9 @@ def test_hidden_files_and_artifacts_of_a_user_stay(run: Path) -> None:
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(run: Path, name: str) -> None:
     (run / name).unlink()
     os.mkfifo(run / name)
-    assert any(problem.startswith(f"{name} cannot be read (it is no regular file") for problem in read_run(run).problems)
+    assert any(
+        problem.startswith(f"{name} cannot be read (it is no regular file") for problem in read_run(run).problems
+    )
     if name != "status.json":
         with pytest.raises(RecordError, match=rf"{name}.*(it is no regular file|it is a pipe, no file; .*remove it)"):
             write_rows(run)

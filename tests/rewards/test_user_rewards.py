@@ -194,7 +194,10 @@ class Unprintable(Exception):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ZeroDivisionError("division by zero"), r"raised ZeroDivisionError: division by zero \(test_user_rewards.py, line "),
+        (
+            ZeroDivisionError("division by zero"),
+            r"raised ZeroDivisionError: division by zero \(test_user_rewards.py, line ",
+        ),
         (KeyError("tag"), "raised KeyError: 'tag'"),
         (ValueError("two\nlines"), "raised ValueError: two lines"),
         (RuntimeError("x" * 9999), "raised RuntimeError: x+[.]{3}"),
