@@ -1,7 +1,7 @@
 """``python experiments/partial_credit/constant_groups.py``: groups without signal, by method and reward.
 
 Writes constant_groups.md: of 20 iterations' images by the embedded base model, at each method's embedded settings, the
-share of groups whose images all have one reward. Six minutes on one core.
+share of groups whose images all have one reward. Twenty minutes on one core.
 """
 
 from pathlib import Path
