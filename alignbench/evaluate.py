@@ -570,7 +570,7 @@ def measure(
 
 
 def summary(records: RunDirectory) -> str:
-    """The recorded scores as text, a line a row."""
+    """The recorded scores as text, one line per row."""
     lines = [str(records.folder)]
     for row in read_run(records.folder).evaluations:
         errors = row["standard_errors"]

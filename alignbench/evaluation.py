@@ -134,7 +134,7 @@ class Evaluation:
         metrics: by name; a score's name alone is the unweighted mean over tags, ``name/tag`` one tag.
         standard_errors: of the score's means, clustered by prompt.
         scores: per-image values for the records, and the prompts of the grid's rows.
-        grid: PNG of a fixed set of prompts and noises, a row a prompt.
+        grid: PNG of a fixed set of prompts and noises, one row per prompt.
     """
 
     metrics: dict[str, float]
@@ -353,7 +353,7 @@ def grid_rows(samples: Samples) -> list[list[int]]:
 
 
 def picture(images: Mapping[int, Tensor], grid: Sequence[Sequence[int]]) -> bytes:
-    """PNG of images ``[3, height, width]`` in [0, 1] by row of the samples: a line a prompt, a column a noise."""
+    """PNG of images ``[3, height, width]`` in [0, 1] by row of the samples: a line per prompt, a column per noise."""
     lines = [
         torch.cat([torch.nn.functional.pad(images[row], (1, 1, 1, 1), value=1.0) for row in line], dim=2)
         for line in grid

@@ -2,8 +2,8 @@
 
     config.yaml  run.json        what is run, and by what; written once
     status.json                  replaced atomically
-    metrics.jsonl                a row an iteration, appended
-    evaluations.jsonl            a row an evaluation, appended
+    metrics.jsonl                one row per iteration, appended
+    evaluations.jsonl            one row per evaluation, appended
     scores/*.json  images/*.png  per-image scores and sample grids of evaluations
     checkpoints/step_<n>/        *.safetensors, state.json and COMPLETE, a marker with the hash of every file
     artifacts/*.safetensors      tensors that many checkpoints share; their names hold their hash

@@ -1,6 +1,7 @@
 """A composed configuration over a tiny checkpoint: the real loop in seconds."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
+from tests import input_cases
 from tests.tiny import FAMILIES, tiny_sd3
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -18,6 +20,18 @@ Compose = Callable[..., DictConfig]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 pipeline of one-layer components, 16 x 16 pixels, without T5."""
     return tiny_sd3(tmp_path_factory.mktemp("checkpoints") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small inputs that users have; of the folder ALIGNBENCH_CASES, if that is set."""
+    given = os.environ.get("ALIGNBENCH_CASES")
+    if given:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("cases")
+    input_cases.write(folder)
+    input_cases.write_loras(folder / "lora")
+    return folder
 
 
 @pytest.fixture(scope="session")

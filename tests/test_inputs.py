@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from alignbench.errors import DataError, RecordError
 from alignbench.prompts.prompt import Prompt
 from alignbench.run import run
 from tests.conftest import Compose
+from tests.stopping import stopped
 
 
 def sha256(*parts: bytes) -> str:
@@ -116,21 +116,6 @@ def other_weights(folder: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes(data)
-
-
-def stopped(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that was stopped after its first iteration."""
-    append = records.RunDirectory.append_metrics
-
-    def interrupting(self: records.RunDirectory, row: dict[str, Any]) -> None:
-        append(self, row)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(records.RunDirectory, "append_metrics", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
-    return next(Path(config.results).rglob("status.json")).parent
 
 
 def test_a_run_that_was_stopped_does_not_continue_with_other_inputs(

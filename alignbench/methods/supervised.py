@@ -79,7 +79,7 @@ class Supervised(ForwardProcess):
 
     @abstractmethod
     def trained_images(self) -> int:
-        """How many images an iteration trains on, at most."""
+        """How many images one iteration trains on, at most."""
 
     def expected_cost(self) -> Cost:
         images, guidance = self.batch.total, 1 if self.sampler.guidance == 1 else 2

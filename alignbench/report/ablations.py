@@ -97,7 +97,7 @@ METRICS = ("reward", "geneval", "exact_scene", "pickscore", "judge")
 
 
 def page(records: Records, experiment: str, ablations: Sequence[Ablation]) -> str:
-    """A Markdown table: a row an ablation, differences with intervals, the folders of the runs, or "not run"."""
+    """A Markdown table: a row per ablation, differences with intervals, the folders of the runs, or "not run"."""
     header = ["method", "trained on", "without", "settings", *(title_of(metric) for metric in METRICS), "n", "runs"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for ablation in ablations:

@@ -222,7 +222,7 @@ def head(figure: Figure, title: str, handles: Sequence[Line2D], columns: int) ->
 
 
 def joined(lines: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Several lines as one, with a gap of NaN behind each: an artist a method instead of one a run."""
+    """Several lines as one, with a gap of NaN behind each: an artist per method instead of one per run."""
     x, y = (np.concatenate([np.append(line[side], np.nan) for line in lines]) for side in (0, 1))
     return x, y
 

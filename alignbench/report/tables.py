@@ -282,7 +282,7 @@ def unbold(row: Row) -> Row:
 
 
 def passes(protocol: Mapping[str, Any], guidance: float) -> str:
-    """Denoiser passes an image under a protocol: guidance above 1 takes two a step."""
+    """Denoiser passes per image under a protocol: guidance above 1 takes two per step."""
     steps = protocol.get("steps")
     return str(steps * (2 if guidance > 1 else 1)) if isinstance(steps, int) else DASH
 

@@ -39,6 +39,7 @@ from alignbench.shapes.captions import split
 from alignbench.shapes.pairs import preference_pairs, write_pairs
 from alignbench.training import optimizer_step
 from tests.conftest import Compose
+from tests.stopping import stopped
 from tests.test_resume import numbers
 
 BETA = 3.0
@@ -506,17 +507,7 @@ def test_a_run_does_not_continue_without_its_pairs(
     tiny_run: Compose, monkeypatch: pytest.MonkeyPatch, damage: str, message: str
 ) -> None:
     config = configured(tiny_run, "checkpoint_every=0.2")
-    append = records.RunDirectory.append_metrics
-
-    def interrupting(self: records.RunDirectory, row: dict[str, Any]) -> None:
-        append(self, row)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(records.RunDirectory, "append_metrics", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
-    (artifact,) = Path(config.results).rglob("artifacts/*.safetensors")
+    (artifact,) = stopped(config, monkeypatch).rglob("artifacts/*.safetensors")
     if damage == "remove":
         artifact.unlink()
     else:

@@ -1,6 +1,5 @@
 """LoRA files that users have, for the embedded generator: read with the right scale, or refused in one sentence."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,16 +25,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("ALIGNBENCH_CASES")
-    if given:
-        return Path(given) / "lora"
-    folder = tmp_path_factory.mktemp("cases") / "lora"
-    input_cases.write_loras(folder)
-    return folder
-
-
 def read(folder: Path) -> Lora:
     return read_lora(str(folder), StableDiffusion3Policy, embedded("embedded:generator"))
 
@@ -44,9 +33,9 @@ def read(folder: Path) -> Lora:
     ("name", "scale"),
     [("pipeline_metadata", 4.0), ("adapter_metadata", 4.0), ("checkpoint-100", 4.0), ("rslora", 8.0)],
 )
-def test_the_scale_is_alpha_over_the_rank_or_its_root(loras: Path, name: str, scale: float) -> None:
+def test_the_scale_is_alpha_over_the_rank_or_its_root(cases: Path, name: str, scale: float) -> None:
     """Rank 4, alpha 16: B A times 4; rank-stabilised times 16 / sqrt(4)."""
-    found, plain = read(loras / name), read(loras / "pipeline_metadata")
+    found, plain = read(cases / "lora" / name), read(cases / "lora" / "pipeline_metadata")
     assert len(found.layers) == 12
     for layer, (a, b) in found.layers.items():
         torch.testing.assert_close(b @ a, plain.layers[layer][1] @ plain.layers[layer][0] * (scale / 4))
@@ -57,10 +46,10 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root(loras: Path, name: str, sc
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_nobody_can_load_is_refused_in_a_sentence(loras: Path, name: str) -> None:
+def test_what_nobody_can_load_is_refused_in_a_sentence(cases: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as raised:
-        read(loras / name)
+        read(cases / "lora" / name)
     message = str(raised.value)
-    assert str(loras / name) in message
+    assert str(cases / "lora" / name) in message
     assert REFUSED[name] in message
     assert "\n" not in message

@@ -1,7 +1,6 @@
 """Files that users have, each accepted with the right value or refused in one sentence, wherever it comes from."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +43,6 @@ REFUSED = {
     "surrogate": 'half of a surrogate pair in the text "\\ud800 a square"',
     "huge_integer": "an integer of 5000 characters; integers of 64 bits are read",
 }
-
-
-@pytest.fixture(scope="session")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("ALIGNBENCH_CASES")
-    if given:
-        return Path(given)
-    folder = tmp_path_factory.mktemp("cases")
-    input_cases.write(folder)
-    return folder
 
 
 def texts(path: Path) -> list[str]:
